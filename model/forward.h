@@ -1,0 +1,105 @@
+// forward - the forward pass of Llama-3 and Qwen3, written once, over model/backend.h.
+//
+// Ownership: Model (host, immutable) -> PreparedModel (device weights, immutable) -> Session (one
+// mutable timeline: KV cache, activations). The layer step is a free function because calibration
+// (quant/) runs single layers too. Read forward_layer() in forward.cpp first.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "model/backend.h"
+#include "model/weights.h"
+
+namespace tq {
+
+/// One decoder layer on a device.
+struct PreparedLayer {
+  BufferPtr attn_norm, ffn_norm;  // [dim]
+  BufferPtr q_norm, k_norm;       // [head_dim] or null
+  std::unique_ptr<PreparedLinear> wq, wk, wv, wo, w_gate, w_up, w_down;
+};
+PreparedLayer prepare_layer(Backend& backend, const Layer& layer);
+
+/// Scratch activations for up to `max_rows` tokens, f32.
+struct Activations {
+  Activations(Backend& backend, const Config& config, int64_t max_rows);
+  int64_t max_rows;
+  BufferPtr x;                     // [max_rows, dim] residual stream
+  BufferPtr x_norm;                // [max_rows, dim]
+  BufferPtr q, attn_out;           // [max_rows, q_dim]
+  BufferPtr k, v;                  // [max_rows, kv_dim]
+  BufferPtr gate, up;              // [max_rows, hidden_dim]
+  BufferPtr proj;                  // [max_rows, dim] output of wo and w_down
+};
+
+/// The four places where a layer's linears read: each feeds linears that share one input.
+enum class Site { kAttnIn, kAttnOut, kFfnIn, kFfnMid };
+/// Called with the input of each site, before the linears' own transform and rounding.
+using LayerTap = std::function<void(Site site, const DeviceBuffer& x, int64_t rows, int64_t cols)>;
+
+/// acts.x <- layer(acts.x) for `rows` tokens at positions pos0.. ; appends to the cache's `layer`.
+void forward_layer(Backend& backend, const Config& config, const PreparedLayer& layer,
+                   const RopeTable& rope, KvCache& cache, int64_t layer_index, int64_t pos0,
+                   int64_t rows, Activations& acts, const LayerTap& tap = nullptr);
+
+class PreparedModel {
+ public:
+  /// Both must outlive this object.
+  PreparedModel(const Model& model, Backend& backend);
+  const Model& model() const { return model_; }
+  const Config& config() const { return model_.config; }
+  Backend& backend() const { return backend_; }
+
+ private:
+  friend class Session;
+  const Model& model_;
+  Backend& backend_;
+  std::unique_ptr<PreparedTable> tok_embed_;
+  std::unique_ptr<PreparedTransform> residual_basis_;  // null when inactive
+  BufferPtr final_norm_;
+  std::vector<PreparedLayer> layers_;
+  std::unique_ptr<PreparedLinear> lm_head_;
+  RopeTable rope_;
+};
+
+struct SessionOptions {
+  int64_t ctx = 2048;        // longest timeline, tokens
+  int kv_bits = 16;          // 32 or 16
+  int64_t valid_vocab = 0;   // logits of ids from here on are -inf (padding rows); 0 = all valid
+  int64_t chunk = 512;       // tokens per prefill step; does not change results
+};
+
+/// One timeline. Not thread-safe.
+class Session {
+ public:
+  Session(const PreparedModel& model, const SessionOptions& options);
+
+  /// Appends tokens and returns the logits after the last one, [vocab_size], valid until the next
+  /// call. Throws kBadData if an id is out of range or the timeline would exceed ctx.
+  std::span<const float> feed(std::span<const int32_t> tokens);
+  /// Appends tokens; calls `sink(i, logits)` for each of them in order.
+  using LogitsSink = std::function<void(int64_t index, std::span<const float> logits)>;
+  void feed_all(std::span<const int32_t> tokens, const LogitsSink& sink);
+  /// Forgets everything after the first `n_tokens`.
+  void truncate(int64_t n_tokens);
+  int64_t position() const { return position_; }
+  int64_t ctx() const { return options_.ctx; }
+
+ private:
+  void run_chunk(std::span<const int32_t> tokens);
+  void compute_logits(int64_t first_row, int64_t rows);
+  void check_fits(std::span<const int32_t> tokens) const;
+
+  const PreparedModel& model_;
+  SessionOptions options_;
+  int64_t position_ = 0;
+  Activations acts_;
+  std::unique_ptr<KvCache> cache_;
+  BufferPtr logits_device_;    // [logit rows, vocab_size]
+  std::vector<float> logits_;  // [logit rows, vocab_size]
+};
+
+}  // namespace tq

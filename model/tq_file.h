@@ -1,0 +1,60 @@
+// tq_file - the .tq container: writer, reader, checksums. Layout: docs/format.md.
+//
+// A fixed 64-byte prologue, tensors aligned to 64 bytes in the order written, and a JSON header at
+// the end of the file. The prologue is written last, so an interrupted copy is recognised.
+#pragma once
+
+#include <cstdio>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "model/json.h"
+#include "model/weights.h"
+
+namespace tq {
+
+constexpr uint32_t kTqFormatVersion = 1;
+
+/// True if the file starts with the .tq magic.
+bool looks_like_tq(const std::string& path);
+
+/// Writes `path` through a temporary file beside it; nothing appears under `path` until finish().
+/// The destructor removes the temporary file of an unfinished write. Throws kIo.
+class TqWriter {
+ public:
+  explicit TqWriter(const std::string& path);
+  ~TqWriter();
+  TqWriter(const TqWriter&) = delete;
+  TqWriter& operator=(const TqWriter&) = delete;
+
+  /// Appends named bytes, 64-byte aligned, with their checksum. Names must be unique.
+  void add(const std::string& name, const std::string& dtype, const std::vector<int64_t>& shape,
+           std::span<const std::byte> data);
+  void add_f32(const std::string& name, std::span<const float> values);
+  /// Data of a matrix: NAME (codes or elements) and, if packed, NAME.scales (f16).
+  void add_matrix(const std::string& name, const Matrix& matrix);
+  /// All matrices of a linear: NAME.weight, NAME.branch_a, NAME.branch_b; and the description of
+  /// its input transform and rounding in the header.
+  void add_linear(const std::string& name, const Linear& linear);
+  void add_transform(const std::string& name, const Transform& transform);
+  /// Writes header and prologue, fsyncs, renames. `quantization` is stored for inspection.
+  void finish(const Config& config, const ModelTexts& texts, const Json& quantization);
+  uint64_t bytes_written() const { return offset_; }
+
+ private:
+  void write_raw(const void* data, size_t bytes);
+  Json matrix_json(const Matrix& matrix) const;
+  std::string path_, temp_path_;
+  int fd_ = -1;
+  uint64_t offset_ = 0;
+  Json tensors_ = Json::array();
+  Json linears_ = Json::object();
+  Json transforms_ = Json::object();
+};
+
+/// Checks every byte of a .tq file: prologue, header, each tensor's checksum, zero padding.
+/// Throws kBadData naming the tensor. Returns the number of tensors checked.
+int64_t verify_tq_file(const std::string& path);
+
+}  // namespace tq

@@ -1,0 +1,63 @@
+// chat - chat templates written out (Qwen3, Llama-3.x, ChatML of SmolLM2), stop tokens, sampling
+// defaults. No Jinja engine: a template text that we do not know is reported, not guessed.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "model/weights.h"
+#include "tokenizer/tokenizer.h"
+
+namespace tq {
+
+struct Message {
+  std::string role;     // "system", "user", "assistant"
+  std::string content;
+};
+
+enum class ChatKind {
+  kNone,          // no template in the model folder: base model
+  kUnknown,       // a template we do not know
+  kChatMLSmol,    // SmolLM2: ChatML with its default system text
+  kQwen3,         // hybrid thinking
+  kQwen3Instruct, // 2507 instruct: no thinking
+  kQwen3Thinking, // 2507 thinking: answer starts inside <think>
+  kLlama30,
+  kLlama31        // 3.1, 3.2, 3.3: date line in the system block
+};
+
+struct ChatOptions {
+  bool think = true;                 // Qwen3: false inserts the empty think block
+  std::string date = "26 Jul 2024";  // Llama-3.1 system block; constant for reproducibility
+};
+
+/// Recognises the model's template from tokenizer_config.json (string, or list with "default") or
+/// chat_template.jinja. Throws kBadData if both exist and differ.
+ChatKind detect_chat_kind(const ModelTexts& texts, const std::string& where);
+const char* chat_kind_name(ChatKind kind);
+
+/// The text the template renders, generation prompt included. For display and fixtures.
+std::string render_chat(ChatKind kind, const std::vector<Message>& messages,
+                        const ChatOptions& options);
+/// The ids: scaffold with special tokens parsed, user content as plain text unless parse_special.
+std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatKind kind,
+                                 const std::vector<Message>& messages, const ChatOptions& options,
+                                 bool parse_special);
+
+/// Ids that end generation: the union of generation_config.eos_token_id, config.eos_token_id,
+/// tokenizer_config.eos_token, and known end-of-turn names in the vocabulary.
+std::vector<int32_t> stop_tokens(const ModelTexts& texts, const Config& config,
+                                 const Tokenizer& tokenizer, const std::string& where);
+
+/// Sampling defaults; from generation_config.json where present, else greedy.
+struct SamplingDefaults {
+  double temperature = 0;  // 0 = greedy
+  int64_t top_k = 0;       // 0 = off
+  double top_p = 1.0;
+  double min_p = 0;
+};
+SamplingDefaults sampling_defaults(const ModelTexts& texts, const std::string& where);
+
+}  // namespace tq
