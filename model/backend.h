@@ -67,7 +67,8 @@ class Backend {
   virtual int64_t kv_bytes(const Config& config, int64_t ctx, int kv_bits) const = 0;
 
   /// x[i, :] = table[tokens[i], :]
-  virtual void embed(const PreparedTable& table, std::span<const int32_t> tokens, DeviceBuffer& x) = 0;
+  virtual void embed(const PreparedTable& table, std::span<const int32_t> tokens,
+                     DeviceBuffer& x) = 0;
   /// out[i, :] = x[i, :] / sqrt(mean(x[i, :]^2) + eps) * gain; x and out may be the same buffer.
   /// Used for the residual stream (cols = dim) and per head for Qwen3 (cols = head_dim).
   virtual void rms_norm(const DeviceBuffer& x, const DeviceBuffer& gain, float eps, int64_t rows,
@@ -92,8 +93,9 @@ class Backend {
   /// x <- transform(x), or its inverse, row by row, in place.
   virtual void transform(DeviceBuffer& x, int64_t rows, const PreparedTransform& basis,
                          bool inverse) = 0;
-  /// dst[0, :] = src[row, :]
-  virtual void copy_row(const DeviceBuffer& src, int64_t row, int64_t cols, DeviceBuffer& dst) = 0;
+  /// dst[0..rows, :] = src[first_row.., :]
+  virtual void copy_rows(const DeviceBuffer& src, int64_t first_row, int64_t rows, int64_t cols,
+                         DeviceBuffer& dst) = 0;
 
   /// Brackets one forward step (graph capture on a GPU; nothing on a CPU).
   virtual void begin_step(int64_t rows) { (void)rows; }

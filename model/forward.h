@@ -27,12 +27,12 @@ PreparedLayer prepare_layer(Backend& backend, const Layer& layer);
 struct Activations {
   Activations(Backend& backend, const Config& config, int64_t max_rows);
   int64_t max_rows;
-  BufferPtr x;                     // [max_rows, dim] residual stream
-  BufferPtr x_norm;                // [max_rows, dim]
-  BufferPtr q, attn_out;           // [max_rows, q_dim]
-  BufferPtr k, v;                  // [max_rows, kv_dim]
-  BufferPtr gate, up;              // [max_rows, hidden_dim]
-  BufferPtr proj;                  // [max_rows, dim] output of wo and w_down
+  BufferPtr x;            // [max_rows, dim] residual stream
+  BufferPtr x_norm;       // [max_rows, dim]
+  BufferPtr q, attn_out;  // [max_rows, q_dim]
+  BufferPtr k, v;         // [max_rows, kv_dim]
+  BufferPtr gate, up;     // [max_rows, hidden_dim]
+  BufferPtr proj;         // [max_rows, dim] output of wo and w_down
 };
 
 /// The four places where a layer's linears read: each feeds linears that share one input.
@@ -66,10 +66,10 @@ class PreparedModel {
 };
 
 struct SessionOptions {
-  int64_t ctx = 2048;        // longest timeline, tokens
-  int kv_bits = 16;          // 32 or 16
-  int64_t valid_vocab = 0;   // logits of ids from here on are -inf (padding rows); 0 = all valid
-  int64_t chunk = 512;       // tokens per prefill step; does not change results
+  int64_t ctx = 2048;       // longest timeline, tokens
+  int kv_bits = 16;         // 32 or 16
+  int64_t valid_vocab = 0;  // logits of ids from here on are -inf (padding rows); 0 = all valid
+  int64_t chunk = 512;      // tokens per prefill step; does not change results
 };
 
 /// One timeline. Not thread-safe.
@@ -80,8 +80,10 @@ class Session {
   /// Appends tokens and returns the logits after the last one, [vocab_size], valid until the next
   /// call. Throws kBadData if an id is out of range or the timeline would exceed ctx.
   std::span<const float> feed(std::span<const int32_t> tokens);
-  /// Appends tokens; calls `sink(i, logits)` for each of them in order.
-  using LogitsSink = std::function<void(int64_t index, std::span<const float> logits)>;
+  /// Appends tokens; calls `sink(first, rows, logits)` for consecutive blocks of them in order:
+  /// logits [rows, vocab_size] belong to tokens[first], tokens[first + 1], ...
+  using LogitsSink =
+      std::function<void(int64_t first, int64_t rows, std::span<const float> logits)>;
   void feed_all(std::span<const int32_t> tokens, const LogitsSink& sink);
   /// Forgets everything after the first `n_tokens`.
   void truncate(int64_t n_tokens);
@@ -90,7 +92,7 @@ class Session {
 
  private:
   void run_chunk(std::span<const int32_t> tokens);
-  void compute_logits(int64_t first_row, int64_t rows);
+  std::span<const float> compute_logits(int64_t first_row, int64_t rows);
   void check_fits(std::span<const int32_t> tokens) const;
 
   const PreparedModel& model_;
@@ -98,8 +100,9 @@ class Session {
   int64_t position_ = 0;
   Activations acts_;
   std::unique_ptr<KvCache> cache_;
-  BufferPtr logits_device_;    // [logit rows, vocab_size]
-  std::vector<float> logits_;  // [logit rows, vocab_size]
+  BufferPtr head_in_;          // [kLogitRows, dim]
+  BufferPtr logits_device_;    // [kLogitRows, vocab_size]
+  std::vector<float> logits_;  // [kLogitRows, vocab_size]
 };
 
 }  // namespace tq

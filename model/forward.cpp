@@ -1,0 +1,208 @@
+// forward - the forward pass. Read forward_layer() first: it is the whole architecture.
+//
+// Not here: arithmetic (a Backend), quantization (the weights know), sampling (model/sampler.h).
+// Read next: cpu/cpu_backend.cpp, the plainest implementation of every operation used below.
+#include "model/forward.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "model/error.h"
+
+namespace tq {
+namespace {
+
+// Logits are the widest activation (vocab_size floats a token: 600 KB for Qwen3), so a prefill step
+// computes them in blocks of this many rows.
+constexpr int64_t kLogitRows = 64;
+
+BufferPtr upload_vector(Backend& backend, const std::vector<float>& values) {
+  if (values.empty()) return nullptr;
+  BufferPtr buffer = backend.alloc(static_cast<int64_t>(values.size()));
+  backend.upload(*buffer, values);
+  return buffer;
+}
+
+void run_linears(Backend& backend, std::initializer_list<const PreparedLinear*> weights,
+                 const DeviceBuffer& x, int64_t rows, std::initializer_list<DeviceBuffer*> out) {
+  backend.linears({weights.begin(), weights.size()}, x, rows, {out.begin(), out.size()});
+}
+
+}  // namespace
+
+PreparedLayer prepare_layer(Backend& backend, const Layer& layer) {
+  PreparedLayer prepared;
+  prepared.attn_norm = upload_vector(backend, layer.attn_norm);
+  prepared.ffn_norm = upload_vector(backend, layer.ffn_norm);
+  prepared.q_norm = upload_vector(backend, layer.q_norm);
+  prepared.k_norm = upload_vector(backend, layer.k_norm);
+  prepared.wq = backend.prepare(layer.wq);
+  prepared.wk = backend.prepare(layer.wk);
+  prepared.wv = backend.prepare(layer.wv);
+  prepared.wo = backend.prepare(layer.wo);
+  prepared.w_gate = backend.prepare(layer.w_gate);
+  prepared.w_up = backend.prepare(layer.w_up);
+  prepared.w_down = backend.prepare(layer.w_down);
+  return prepared;
+}
+
+Activations::Activations(Backend& backend, const Config& config, int64_t rows)
+    : max_rows(rows),
+      x(backend.alloc(rows * config.dim)),
+      x_norm(backend.alloc(rows * config.dim)),
+      q(backend.alloc(rows * config.q_dim())),
+      attn_out(backend.alloc(rows * config.q_dim())),
+      k(backend.alloc(rows * config.kv_dim())),
+      v(backend.alloc(rows * config.kv_dim())),
+      gate(backend.alloc(rows * config.hidden_dim)),
+      up(backend.alloc(rows * config.hidden_dim)),
+      proj(backend.alloc(rows * config.dim)) {}
+
+void forward_layer(Backend& backend, const Config& config, const PreparedLayer& layer,
+                   const RopeTable& rope, KvCache& cache, int64_t layer_index, int64_t pos0,
+                   int64_t rows, Activations& acts, const LayerTap& tap) {
+  // Attention: x += wo(attend(rope(norm(wq x)), rope(norm(wk x)), wv x))
+  backend.rms_norm(*acts.x, *layer.attn_norm, config.norm_eps, rows, config.dim, *acts.x_norm);
+  if (tap) tap(Site::kAttnIn, *acts.x_norm, rows, config.dim);
+  run_linears(backend, {layer.wq.get(), layer.wk.get(), layer.wv.get()}, *acts.x_norm, rows,
+              {acts.q.get(), acts.k.get(), acts.v.get()});
+  if (config.has_qk_norm()) {
+    // Qwen3 normalises every head by itself, before the rotation.
+    backend.rms_norm(*acts.q, *layer.q_norm, config.norm_eps, rows * config.n_heads,
+                     config.head_dim, *acts.q);
+    backend.rms_norm(*acts.k, *layer.k_norm, config.norm_eps, rows * config.n_kv_heads,
+                     config.head_dim, *acts.k);
+  }
+  backend.rope(*acts.q, rows, config.n_heads, config.head_dim, pos0, rope);
+  backend.rope(*acts.k, rows, config.n_kv_heads, config.head_dim, pos0, rope);
+  backend.attention(*acts.q, *acts.k, *acts.v, config, cache, layer_index, pos0, rows,
+                    *acts.attn_out);
+  if (tap) tap(Site::kAttnOut, *acts.attn_out, rows, config.q_dim());
+  run_linears(backend, {layer.wo.get()}, *acts.attn_out, rows, {acts.proj.get()});
+  backend.add(*acts.x, *acts.proj, rows * config.dim);
+
+  // FFN: x += w_down(silu(w_gate x) * w_up x)
+  backend.rms_norm(*acts.x, *layer.ffn_norm, config.norm_eps, rows, config.dim, *acts.x_norm);
+  if (tap) tap(Site::kFfnIn, *acts.x_norm, rows, config.dim);
+  run_linears(backend, {layer.w_gate.get(), layer.w_up.get()}, *acts.x_norm, rows,
+              {acts.gate.get(), acts.up.get()});
+  backend.silu_mul(*acts.gate, *acts.up, rows * config.hidden_dim);
+  if (tap) tap(Site::kFfnMid, *acts.gate, rows, config.hidden_dim);
+  run_linears(backend, {layer.w_down.get()}, *acts.gate, rows, {acts.proj.get()});
+  backend.add(*acts.x, *acts.proj, rows * config.dim);
+}
+
+PreparedModel::PreparedModel(const Model& model, Backend& backend)
+    : model_(model),
+      backend_(backend),
+      tok_embed_(backend.prepare_table(model.tok_embed)),
+      final_norm_(upload_vector(backend, model.final_norm)),
+      lm_head_(backend.prepare(model.lm_head)) {
+  if (model.residual_basis.active()) {
+    residual_basis_ = backend.prepare_transform(model.residual_basis);
+  }
+  layers_.reserve(model.layers.size());
+  for (const Layer& layer : model.layers) layers_.push_back(prepare_layer(backend, layer));
+  rope_.inv_freq = rope_inv_freq(model.config.rope, model.config.head_dim);
+  rope_.attention_factor = static_cast<float>(model.config.rope.attention_factor);
+}
+
+Session::Session(const PreparedModel& model, const SessionOptions& options)
+    : model_(model),
+      options_(options),
+      acts_(model.backend(), model.config(), std::min(options.chunk, options.ctx)),
+      cache_(model.backend().make_kv_cache(model.config(), options.ctx, options.kv_bits)) {
+  const int64_t logit_rows = std::min(kLogitRows, acts_.max_rows);
+  const Config& config = model.config();
+  head_in_ = model.backend().alloc(logit_rows * config.dim);
+  logits_device_ = model.backend().alloc(logit_rows * config.vocab_size);
+  logits_.resize(static_cast<size_t>(logit_rows * config.vocab_size));
+}
+
+void Session::check_fits(std::span<const int32_t> tokens) const {
+  const int64_t count = static_cast<int64_t>(tokens.size());
+  if (count > options_.ctx - position_) {
+    throw Error(ErrorKind::kBadData, "prompt does not fit", model_.model().source,
+                std::to_string(position_ + count) + " tokens, the context is " +
+                    std::to_string(options_.ctx),
+                "raise --ctx or shorten the text");
+  }
+  for (int32_t token : tokens) {
+    if (token < 0 || token >= model_.config().vocab_size) {
+      throw Error(ErrorKind::kBadData, "token id out of range", model_.model().source,
+                  std::to_string(token) + " is not in 0.." +
+                      std::to_string(model_.config().vocab_size - 1));
+    }
+  }
+}
+
+void Session::run_chunk(std::span<const int32_t> tokens) {
+  Backend& backend = model_.backend();
+  const int64_t rows = static_cast<int64_t>(tokens.size());
+  backend.embed(*model_.tok_embed_, tokens, *acts_.x);
+  if (model_.residual_basis_) backend.transform(*acts_.x, rows, *model_.residual_basis_, false);
+  for (size_t layer = 0; layer < model_.layers_.size(); ++layer) {
+    forward_layer(backend, model_.config(), model_.layers_[layer], model_.rope_, *cache_,
+                  static_cast<int64_t>(layer), position_, rows, acts_);
+  }
+  position_ += rows;
+}
+
+std::span<const float> Session::compute_logits(int64_t first_row, int64_t rows) {
+  Backend& backend = model_.backend();
+  const Config& config = model_.config();
+  backend.copy_rows(*acts_.x, first_row, rows, config.dim, *head_in_);
+  if (model_.residual_basis_) backend.transform(*head_in_, rows, *model_.residual_basis_, true);
+  backend.rms_norm(*head_in_, *model_.final_norm_, config.norm_eps, rows, config.dim, *head_in_);
+  run_linears(backend, {model_.lm_head_.get()}, *head_in_, rows, {logits_device_.get()});
+  const std::span<float> logits(logits_.data(), static_cast<size_t>(rows * config.vocab_size));
+  backend.download(*logits_device_, 0, logits);
+  // Rows that pad the vocabulary to a round size are noise, loud noise in a 4-bit head.
+  if (options_.valid_vocab > 0) {
+    for (int64_t row = 0; row < rows; ++row) {
+      float* begin = logits.data() + row * config.vocab_size;
+      std::fill(begin + std::min(options_.valid_vocab, config.vocab_size),
+                begin + config.vocab_size, -std::numeric_limits<float>::infinity());
+    }
+  }
+  return logits;
+}
+
+std::span<const float> Session::feed(std::span<const int32_t> tokens) {
+  TQ_CHECK(!tokens.empty());
+  check_fits(tokens);
+  int64_t rows = 0;
+  while (!tokens.empty()) {
+    rows = std::min<int64_t>(acts_.max_rows, static_cast<int64_t>(tokens.size()));
+    model_.backend().begin_step(rows);
+    run_chunk(tokens.first(static_cast<size_t>(rows)));
+    model_.backend().end_step();
+    tokens = tokens.subspan(static_cast<size_t>(rows));
+  }
+  return compute_logits(rows - 1, 1);
+}
+
+void Session::feed_all(std::span<const int32_t> tokens, const LogitsSink& sink) {
+  check_fits(tokens);
+  const int64_t logit_rows = std::min(kLogitRows, acts_.max_rows);
+  for (int64_t done = 0; done < static_cast<int64_t>(tokens.size());) {
+    const int64_t rows =
+        std::min<int64_t>(acts_.max_rows, static_cast<int64_t>(tokens.size()) - done);
+    model_.backend().begin_step(rows);
+    run_chunk(tokens.subspan(static_cast<size_t>(done), static_cast<size_t>(rows)));
+    model_.backend().end_step();
+    for (int64_t row = 0; row < rows; row += logit_rows) {
+      const int64_t block = std::min(logit_rows, rows - row);
+      sink(done + row, block, compute_logits(row, block));
+    }
+    done += rows;
+  }
+}
+
+void Session::truncate(int64_t n_tokens) {
+  TQ_CHECK(n_tokens >= 0 && n_tokens <= position_);
+  position_ = n_tokens;
+}
+
+}  // namespace tq
