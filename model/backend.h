@@ -73,8 +73,9 @@ class Backend {
   /// Used for the residual stream (cols = dim) and per head for Qwen3 (cols = head_dim).
   virtual void rms_norm(const DeviceBuffer& x, const DeviceBuffer& gain, float eps, int64_t rows,
                         int64_t cols, DeviceBuffer& out) = 0;
-  /// Linears that read the same x: out[j] = linear_j(x). x is transformed and rounded once; all
-  /// linears of one call have the same in_dim, input transform and act.
+  /// Linears that read the same x: out[j] = linear_j(x). They share in_dim and input transform, so
+  /// x is transformed once, and rounded once for each distinct act (a linear kept in 16 bits beside
+  /// rounded ones has act.bits = 16).
   virtual void linears(std::span<const PreparedLinear* const> weights, const DeviceBuffer& x,
                        int64_t rows, std::span<DeviceBuffer* const> out) = 0;
   /// Rotates pairs (i, i + head_dim/2) of every head in place; row r is at position pos0 + r.

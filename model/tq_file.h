@@ -34,23 +34,28 @@ class TqWriter {
   void add_f32(const std::string& name, std::span<const float> values);
   /// Data of a matrix: NAME (codes or elements) and, if packed, NAME.scales (f16).
   void add_matrix(const std::string& name, const Matrix& matrix);
-  /// All matrices of a linear: NAME.weight, NAME.branch_a, NAME.branch_b; and the description of
-  /// its input transform and rounding in the header.
-  void add_linear(const std::string& name, const Linear& linear);
-  void add_transform(const std::string& name, const Transform& transform);
+  /// The token embedding, "tok_embed".
+  void add_table(const Matrix& table);
+  /// All matrices of a linear (NAME, NAME.branch_a, NAME.branch_b), and the description of its
+  /// input transform and rounding in the header. With `tied`, the weight is the matrix written
+  /// before by add_table() and only described.
+  void add_linear(const std::string& name, const Linear& linear, bool tied = false);
+  /// The basis of the residual stream (Model::residual_basis); leave out when inactive.
+  void add_residual_basis(const Transform& transform);
   /// Writes header and prologue, fsyncs, renames. `quantization` is stored for inspection.
-  void finish(const Config& config, const ModelTexts& texts, const Json& quantization);
+  void finish(const ModelTexts& texts, const Json& quantization);
   uint64_t bytes_written() const { return offset_; }
 
  private:
   void write_raw(const void* data, size_t bytes);
-  Json matrix_json(const Matrix& matrix) const;
+  void pad_to_alignment();
+  Json describe_transform(const std::string& name, const Transform& transform);
   std::string path_, temp_path_;
   int fd_ = -1;
   uint64_t offset_ = 0;
   Json tensors_ = Json::array();
   Json linears_ = Json::object();
-  Json transforms_ = Json::object();
+  Json residual_basis_;
 };
 
 /// Checks every byte of a .tq file: prologue, header, each tensor's checksum, zero padding.

@@ -1,0 +1,200 @@
+// tq_file - writing and verifying .tq files; reading is in tq_reader.cpp. Layout: docs/format.md.
+#include "model/tq_file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include <cerrno>
+#include <filesystem>
+
+#include "model/error.h"
+#include "model/tq_layout.h"
+
+namespace tq {
+
+namespace {
+
+Error io_error(const std::string& what, const std::string& path) {
+  return Error(ErrorKind::kIo, what, path, std::strerror(errno));
+}
+
+Json describe_matrix(const std::string& tensor, const Matrix& matrix) {
+  Json json = {{"tensor", tensor},
+               {"storage", storage_name(matrix.storage)},
+               {"rows", matrix.rows},
+               {"cols", matrix.cols}};
+  if (matrix.packed()) json["group"] = matrix.group;
+  return json;
+}
+
+}  // namespace
+
+TqWriter::TqWriter(const std::string& path)
+    : path_(path), temp_path_(path + ".tmp-" + std::to_string(::getpid())) {
+  fd_ = ::open(temp_path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+  if (fd_ < 0) throw io_error("cannot create output file", temp_path_);
+  const TqPrologue empty{};  // all zero: an unfinished file has no magic
+  try {
+    write_raw(&empty, sizeof empty);
+  } catch (...) {
+    ::close(fd_);
+    ::unlink(temp_path_.c_str());
+    throw;
+  }
+}
+
+TqWriter::~TqWriter() {
+  if (fd_ < 0) return;
+  ::close(fd_);
+  ::unlink(temp_path_.c_str());
+}
+
+void TqWriter::write_raw(const void* data, size_t bytes) {
+  const char* cursor = static_cast<const char*>(data);
+  for (size_t left = bytes; left > 0;) {
+    const ssize_t n = ::write(fd_, cursor, left);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) throw io_error("cannot write output file", path_);
+    cursor += n;
+    left -= static_cast<size_t>(n);
+  }
+  offset_ += bytes;
+}
+
+void TqWriter::pad_to_alignment() {
+  static const char zeros[kTqAlignment] = {};
+  write_raw(zeros, (kTqAlignment - offset_ % kTqAlignment) % kTqAlignment);
+}
+
+void TqWriter::add(const std::string& name, const std::string& dtype,
+                   const std::vector<int64_t>& shape, std::span<const std::byte> data) {
+  pad_to_alignment();
+  tensors_.push_back({{"name", name},
+                      {"dtype", dtype},
+                      {"shape", shape},
+                      {"offset", offset_},
+                      {"bytes", data.size()},
+                      {"xxh3", hash_text(XXH3_64bits(data.data(), data.size()))}});
+  write_raw(data.data(), data.size());
+}
+
+void TqWriter::add_f32(const std::string& name, std::span<const float> values) {
+  add(name, "F32", {static_cast<int64_t>(values.size())}, std::as_bytes(values));
+}
+
+void TqWriter::add_matrix(const std::string& name, const Matrix& matrix) {
+  add(name, storage_name(matrix.storage), {matrix.rows, matrix.cols},
+      {matrix.data, matrix.data_bytes()});
+  if (!matrix.packed()) return;
+  add(name + ".scales", "F16", {matrix.rows, matrix.n_groups()},
+      {reinterpret_cast<const std::byte*>(matrix.scales), matrix.scale_bytes()});
+}
+
+Json TqWriter::describe_transform(const std::string& name, const Transform& transform) {
+  Json json = {{"kind", "hadamard"}, {"size", transform.size}, {"block", transform.block}};
+  json["signs"] = transform.signs != nullptr;
+  if (transform.signs) {
+    add(name + ".signs", "I8", {transform.size},
+        {reinterpret_cast<const std::byte*>(transform.signs), static_cast<size_t>(transform.size)});
+  }
+  return json;
+}
+
+void TqWriter::add_table(const Matrix& table) {
+  add_matrix("tok_embed", table);
+  linears_["tok_embed"]["weight"] = describe_matrix("tok_embed", table);
+}
+
+void TqWriter::add_linear(const std::string& name, const Linear& linear, bool tied) {
+  Json json;
+  if (!tied) add_matrix(name, linear.weight);
+  json["weight"] = describe_matrix(tied ? "tok_embed" : name, linear.weight);
+  if (linear.branch_a) {
+    TQ_CHECK(linear.branch_b.has_value());
+    add_matrix(name + ".branch_a", *linear.branch_a);
+    add_matrix(name + ".branch_b", *linear.branch_b);
+    json["branch_a"] = describe_matrix(name + ".branch_a", *linear.branch_a);
+    json["branch_b"] = describe_matrix(name + ".branch_b", *linear.branch_b);
+  }
+  if (linear.input.active()) json["input"] = describe_transform(name + ".input", linear.input);
+  json["act"] = {{"bits", linear.act.bits}};
+  if (linear.act.bits < 16) {
+    json["act"]["group"] = linear.act.group;
+    json["act"]["clip"] = linear.act.clip;
+  }
+  linears_[name] = std::move(json);
+}
+
+void TqWriter::add_residual_basis(const Transform& transform) {
+  residual_basis_ = describe_transform("residual_basis", transform);
+}
+
+void TqWriter::finish(const ModelTexts& texts, const Json& quantization) {
+  for (const NamedText& text : kModelTexts) {
+    const std::string& value = texts.*text.member;
+    if (value.empty()) continue;
+    add(std::string("text.") + text.name, "U8", {static_cast<int64_t>(value.size())},
+        std::as_bytes(std::span(value)));
+  }
+  Json header = {{"tq_format", kTqFormatVersion}, {"quantization", quantization}};
+  if (!residual_basis_.is_null()) header["residual_basis"] = residual_basis_;
+  header["linears"] = std::move(linears_);
+  header["tensors"] = std::move(tensors_);
+  pad_to_alignment();
+  const std::string text = header.dump();
+  TqPrologue prologue{};
+  std::memcpy(prologue.magic, kTqMagic, sizeof prologue.magic);
+  prologue.version = kTqFormatVersion;
+  prologue.byte_order = kTqByteOrder;
+  prologue.header_offset = offset_;
+  prologue.header_bytes = text.size();
+  prologue.header_hash = XXH3_64bits(text.data(), text.size());
+  prologue.file_bytes = offset_ + text.size();
+  prologue.prologue_hash = XXH3_64bits(&prologue, offsetof(TqPrologue, prologue_hash));
+  write_raw(text.data(), text.size());
+  // fsync before the rename: a rename that survives a power cut must not point to missing data.
+  if (::pwrite(fd_, &prologue, sizeof prologue, 0) != sizeof prologue || ::fsync(fd_) != 0) {
+    throw io_error("cannot write output file", path_);
+  }
+  const int fd = std::exchange(fd_, -1);
+  if (::close(fd) != 0 || ::rename(temp_path_.c_str(), path_.c_str()) != 0) {
+    const Error error = io_error("cannot write output file", path_);
+    ::unlink(temp_path_.c_str());
+    throw error;
+  }
+  const std::string folder = std::filesystem::path(path_).parent_path().string();
+  const int dir = ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (dir >= 0) {
+    ::fsync(dir);
+    ::close(dir);
+  }
+}
+
+int64_t verify_tq_file(const std::string& path) {
+  const MappedFile file(path);
+  const TqLayout layout = read_tq_layout(file);
+  uint64_t end = sizeof(TqPrologue);
+  const auto check_padding = [&](uint64_t begin, uint64_t next) {
+    for (uint64_t i = begin; i < next; ++i) {
+      if (file.data()[i] != std::byte{0}) {
+        throw Error(ErrorKind::kBadData, "file is damaged", path,
+                    "padding byte " + std::to_string(i) + " is not zero", "copy the file again");
+      }
+    }
+  };
+  for (const TqTensor& tensor : layout.tensors) {
+    check_padding(end, tensor.offset);
+    if (hash_text(XXH3_64bits(file.data() + tensor.offset, tensor.bytes)) != tensor.hash) {
+      throw Error(ErrorKind::kBadData, "file is damaged", path,
+                  "checksum of tensor " + tensor.name + " does not match", "copy the file again");
+    }
+    end = tensor.offset + tensor.bytes;
+  }
+  check_padding(end, layout.header_offset);
+  load_tq_file(path);  // the description must be consistent too
+  return static_cast<int64_t>(layout.tensors.size());
+}
+
+}  // namespace tq
