@@ -1,0 +1,49 @@
+# Verbs over CMake; `make help` lists them. The build itself is described in CMakeLists.txt.
+#
+# A fresh machine needs two commands: `make demo` and `make test`. Both install the Debian packages
+# they need first (through sudo when you are not root).
+
+.DEFAULT_GOAL := build
+.PHONY: build deps test demo demo-offline asan debug format check clean help
+
+JOBS ?= $(shell nproc)
+
+build: build/release/build.ninja  ## build ./tq (the default)
+	@cmake --build --preset release --parallel $(JOBS) --target tq
+	@ln -sf build/release/tq tq
+
+# Order-only: `deps` has no file of its own, and must not cause a new configuration.
+build/%/build.ninja: CMakeLists.txt CMakePresets.json | deps
+	@cmake --preset $*
+
+deps:  ## install the packages needed to build, test and run the demo (Debian, Ubuntu)
+	@tools/deps.sh
+
+test: build/release/build.ninja  ## build everything and run all tests
+	@cmake --build --preset release --parallel $(JOBS)
+	@ctest --preset release --parallel $(JOBS)
+
+asan: build/asan/build.ninja  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@cmake --build --preset asan --parallel $(JOBS)
+	@ctest --preset asan --parallel $(JOBS)
+
+debug: build/debug/build.ninja  ## build build/debug/tq without optimisation
+	@cmake --build --preset debug --parallel $(JOBS)
+
+demo: build  ## fetch SmolLM2-135M-Instruct (93 MB), quantize it to 4 bits, ask it something
+	@tools/demo.sh
+
+demo-offline: build  ## the same with a 1 MB story model of this repository: no network, seconds
+	@tools/demo.sh --offline
+
+format:  ## reformat all C++ and CUDA files
+	@git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r clang-format -i
+
+check:  ## format, dependency direction, file sizes
+	@tools/check_tree
+
+clean:  ## remove what was built; demo/ stays (it holds the download)
+	@rm -rf build tq
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
