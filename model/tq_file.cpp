@@ -1,13 +1,9 @@
 // tq_file - writing and verifying .tq files; reading is in tq_reader.cpp. Layout: docs/format.md.
 #include "model/tq_file.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
 #include <xxhash.h>
 
-#include <cerrno>
-#include <filesystem>
+#include <cstddef>
 
 #include "model/error.h"
 #include "model/tq_layout.h"
@@ -15,10 +11,6 @@
 namespace tq {
 
 namespace {
-
-Error io_error(const std::string& what, const std::string& path) {
-  return Error(ErrorKind::kIo, what, path, std::strerror(errno));
-}
 
 Json describe_matrix(const std::string& tensor, const Matrix& matrix) {
   Json json = {{"tensor", tensor},
@@ -31,41 +23,14 @@ Json describe_matrix(const std::string& tensor, const Matrix& matrix) {
 
 }  // namespace
 
-TqWriter::TqWriter(const std::string& path)
-    : path_(path), temp_path_(path + ".tmp-" + std::to_string(::getpid())) {
-  fd_ = ::open(temp_path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-  if (fd_ < 0) throw io_error("cannot create output file", temp_path_);
+TqWriter::TqWriter(const std::string& path) : file_(path) {
   const TqPrologue empty{};  // all zero: an unfinished file has no magic
-  try {
-    write_raw(&empty, sizeof empty);
-  } catch (...) {
-    ::close(fd_);
-    ::unlink(temp_path_.c_str());
-    throw;
-  }
-}
-
-TqWriter::~TqWriter() {
-  if (fd_ < 0) return;
-  ::close(fd_);
-  ::unlink(temp_path_.c_str());
-}
-
-void TqWriter::write_raw(const void* data, size_t bytes) {
-  const char* cursor = static_cast<const char*>(data);
-  for (size_t left = bytes; left > 0;) {
-    const ssize_t n = ::write(fd_, cursor, left);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) throw io_error("cannot write output file", path_);
-    cursor += n;
-    left -= static_cast<size_t>(n);
-  }
-  offset_ += bytes;
+  file_.write(&empty, sizeof empty);
 }
 
 void TqWriter::pad_to_alignment() {
   static const char zeros[kTqAlignment] = {};
-  write_raw(zeros, (kTqAlignment - offset_ % kTqAlignment) % kTqAlignment);
+  file_.write(zeros, (kTqAlignment - file_.size() % kTqAlignment) % kTqAlignment);
 }
 
 void TqWriter::add(const std::string& name, const std::string& dtype,
@@ -74,10 +39,10 @@ void TqWriter::add(const std::string& name, const std::string& dtype,
   tensors_.push_back({{"name", name},
                       {"dtype", dtype},
                       {"shape", shape},
-                      {"offset", offset_},
+                      {"offset", file_.size()},
                       {"bytes", data.size()},
                       {"xxh3", hash_text(XXH3_64bits(data.data(), data.size()))}});
-  write_raw(data.data(), data.size());
+  file_.write(data.data(), data.size());
 }
 
 void TqWriter::add_f32(const std::string& name, std::span<const float> values) {
@@ -148,28 +113,14 @@ void TqWriter::finish(const ModelTexts& texts, const Json& quantization) {
   std::memcpy(prologue.magic, kTqMagic, sizeof prologue.magic);
   prologue.version = kTqFormatVersion;
   prologue.byte_order = kTqByteOrder;
-  prologue.header_offset = offset_;
+  prologue.header_offset = file_.size();
   prologue.header_bytes = text.size();
   prologue.header_hash = XXH3_64bits(text.data(), text.size());
-  prologue.file_bytes = offset_ + text.size();
+  prologue.file_bytes = file_.size() + text.size();
   prologue.prologue_hash = XXH3_64bits(&prologue, offsetof(TqPrologue, prologue_hash));
-  write_raw(text.data(), text.size());
-  // fsync before the rename: a rename that survives a power cut must not point to missing data.
-  if (::pwrite(fd_, &prologue, sizeof prologue, 0) != sizeof prologue || ::fsync(fd_) != 0) {
-    throw io_error("cannot write output file", path_);
-  }
-  const int fd = std::exchange(fd_, -1);
-  if (::close(fd) != 0 || ::rename(temp_path_.c_str(), path_.c_str()) != 0) {
-    const Error error = io_error("cannot write output file", path_);
-    ::unlink(temp_path_.c_str());
-    throw error;
-  }
-  const std::string folder = std::filesystem::path(path_).parent_path().string();
-  const int dir = ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (dir >= 0) {
-    ::fsync(dir);
-    ::close(dir);
-  }
+  file_.write(text.data(), text.size());
+  file_.write_at(0, &prologue, sizeof prologue);
+  file_.finish();
 }
 
 int64_t verify_tq_file(const std::string& path) {

@@ -4,11 +4,11 @@
 // the end of the file. The prologue is written last, so an interrupted copy is recognised.
 #pragma once
 
-#include <cstdio>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "model/atomic_file.h"
 #include "model/json.h"
 #include "model/weights.h"
 
@@ -24,9 +24,6 @@ bool looks_like_tq(const std::string& path);
 class TqWriter {
  public:
   explicit TqWriter(const std::string& path);
-  ~TqWriter();
-  TqWriter(const TqWriter&) = delete;
-  TqWriter& operator=(const TqWriter&) = delete;
 
   /// Appends named bytes, 64-byte aligned, with their checksum. Names must be unique.
   void add(const std::string& name, const std::string& dtype, const std::vector<int64_t>& shape,
@@ -44,15 +41,12 @@ class TqWriter {
   void add_residual_basis(const Transform& transform);
   /// Writes header and prologue, fsyncs, renames. `quantization` is stored for inspection.
   void finish(const ModelTexts& texts, const Json& quantization);
-  uint64_t bytes_written() const { return offset_; }
+  uint64_t bytes_written() const { return file_.size(); }
 
  private:
-  void write_raw(const void* data, size_t bytes);
   void pad_to_alignment();
   Json describe_transform(const std::string& name, const Transform& transform);
-  std::string path_, temp_path_;
-  int fd_ = -1;
-  uint64_t offset_ = 0;
+  AtomicFile file_;
   Json tensors_ = Json::array();
   Json linears_ = Json::object();
   Json residual_basis_;

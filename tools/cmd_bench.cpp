@@ -1,0 +1,189 @@
+// cmd_bench - `tq bench`: prefill and decode speed, and how much of the memory's read bandwidth
+// decoding uses. Tokenisation and sampling are outside the timed part.
+#include <omp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+
+#include "model/error.h"
+#include "tools/commands.h"
+#include "tools/profile_backend.h"
+#include "tools/runtime.h"
+
+namespace tq {
+namespace {
+
+struct BenchOptions {
+  std::string model;
+  int64_t prompt = 512, decode = 128, repeat = 5;
+  DeviceOptions device;
+  bool json = false, profile = false;
+};
+
+double seconds_of(const std::function<void()>& run) {
+  const auto start = std::chrono::steady_clock::now();
+  run();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+struct Stats {
+  double mean = 0, sd = 0;
+};
+
+Stats stats_of(const std::vector<double>& values) {
+  Stats stats;
+  for (double value : values) stats.mean += value / static_cast<double>(values.size());
+  for (double value : values) stats.sd += (value - stats.mean) * (value - stats.mean);
+  stats.sd = values.size() > 1 ? std::sqrt(stats.sd / static_cast<double>(values.size() - 1)) : 0;
+  return stats;
+}
+
+// Best of five sums over 512 MB: far beyond any cache, read-only, as decoding is.
+double read_bandwidth(int threads) {
+  std::vector<uint64_t> data(size_t{64} << 20, 1);
+  double best = 0;
+  uint64_t total = 0;
+  for (int i = 0; i < 5; ++i) {
+    const double seconds = seconds_of([&] {
+      uint64_t sum = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : sum) schedule(static)
+      for (size_t block = 0; block < data.size(); block += 8) {
+        for (size_t j = 0; j < 8; ++j) sum += data[block + j];
+      }
+      total += sum;
+    });
+    best = std::max(best, static_cast<double>(data.size() * 8) / seconds);
+  }
+  TQ_CHECK(total == 5 * data.size());  // keeps the loop from being optimised away
+  return best;
+}
+
+uint64_t matrix_bytes(const Matrix& matrix) {
+  return matrix.data_bytes() + matrix.scale_bytes();
+}
+
+// Bytes that one decoded token must read: every weight once (the head is a weight, the embedding
+// one row), and the keys and values of the positions before it.
+uint64_t bytes_per_token(const Runtime& runtime, int64_t position, int kv_bits) {
+  uint64_t bytes = matrix_bytes(runtime.model.lm_head.weight);
+  for (const Layer& layer : runtime.model.layers) {
+    for (const NamedLinear& named : kLayerLinears) {
+      const Linear& linear = layer.*named.member;
+      bytes += matrix_bytes(linear.weight);
+      if (linear.branch_a) bytes += matrix_bytes(*linear.branch_a) + matrix_bytes(*linear.branch_b);
+    }
+  }
+  const Config& c = runtime.model.config;
+  return bytes + static_cast<uint64_t>(2 * c.n_layers * c.kv_dim() * position * kv_bits / 8);
+}
+
+std::vector<int32_t> bench_tokens(const Runtime& runtime, int64_t count) {
+  // Spread over the vocabulary, always the same.
+  std::vector<int32_t> ids(static_cast<size_t>(count));
+  uint64_t state = 1;
+  for (int32_t& id : ids) {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    id = static_cast<int32_t>((state >> 33) % static_cast<uint64_t>(runtime.tokenizer.size()));
+  }
+  return ids;
+}
+
+void bench(const BenchOptions& options) {
+  Runtime runtime(options.model, options.device);
+  std::map<std::string, OpTime> op_times;
+  std::unique_ptr<Backend> profile_backend;
+  std::unique_ptr<PreparedModel> profiled;
+  if (options.profile) {
+    profile_backend = make_profile_backend(open_backend(options.device), op_times);
+    profiled = std::make_unique<PreparedModel>(runtime.model, *profile_backend);
+  }
+  const PreparedModel& prepared = profiled ? *profiled : runtime.prepared;
+  const int64_t ctx = runtime.checked_ctx(options.prompt + options.decode);
+  const SessionOptions session_options = runtime.session_options(ctx, options.device.kv_bits);
+  Session session(prepared, session_options);
+  const std::vector<int32_t> ids = bench_tokens(runtime, ctx);
+  const std::span<const int32_t> prompt(ids.data(), static_cast<size_t>(options.prompt));
+
+  std::vector<double> prefill, decode;
+  for (int64_t i = -1; i < options.repeat; ++i) {  // the first round warms up
+    check_interrupted();
+    session.truncate(0);
+    if (i <= 0) op_times.clear();
+    const double prefill_seconds = seconds_of([&] { session.feed(prompt); });
+    const double decode_seconds = seconds_of([&] {
+      for (int64_t t = 0; t < options.decode; ++t) {
+        session.feed(std::span(&ids[static_cast<size_t>(options.prompt + t)], 1));
+      }
+    });
+    if (i < 0) continue;
+    prefill.push_back(static_cast<double>(options.prompt) / prefill_seconds);
+    if (options.decode > 0) decode.push_back(static_cast<double>(options.decode) / decode_seconds);
+  }
+  const int threads = options.device.threads > 0 ? options.device.threads : omp_get_num_procs();
+  const double bandwidth = read_bandwidth(threads);
+  const uint64_t bytes =
+      bytes_per_token(runtime, options.prompt + options.decode / 2, session_options.kv_bits);
+  const Stats p = stats_of(prefill), d = decode.empty() ? Stats{} : stats_of(decode);
+  const double share = d.mean * static_cast<double>(bytes) / bandwidth;
+  Json json = {{"schema", 1},
+               {"device", runtime.backend->name()},
+               {"threads", threads},
+               {"prompt", options.prompt},
+               {"decode", options.decode},
+               {"repeat", options.repeat},
+               {"prefill_tok_per_s", p.mean},
+               {"prefill_sd", p.sd},
+               {"decode_tok_per_s", d.mean},
+               {"decode_sd", d.sd},
+               {"bytes_per_token", bytes},
+               {"read_bandwidth_bytes_per_s", bandwidth},
+               {"decode_share_of_bandwidth", share},
+               {"kv_bits", session_options.kv_bits},
+               {"peak_rss_bytes", peak_rss_bytes()}};
+  for (const auto& [op, time] : op_times) {
+    json["profile"][op] = {{"seconds", time.seconds}, {"calls", time.calls}};
+  }
+  if (options.json) {
+    write_stdout(json.dump() + "\n");
+    return;
+  }
+  char text[512];
+  std::snprintf(text, sizeof text,
+                "%s, %d threads\nprefill %lld tokens: %.1f +- %.1f tok/s\ndecode %lld tokens: %.1f "
+                "+- %.1f tok/s, %.1f MB a token, %.0f %% of %.1f GB/s read bandwidth\n",
+                runtime.backend->name().c_str(), threads, static_cast<long long>(options.prompt),
+                p.mean, p.sd, static_cast<long long>(options.decode), d.mean, d.sd,
+                static_cast<double>(bytes) / 1e6, 100 * share, bandwidth / 1e9);
+  std::string out = text;
+  for (const auto& [op, time] : op_times) {
+    std::snprintf(text, sizeof text, "  %-28s %9.3f s %9lld calls\n", op.c_str(), time.seconds,
+                  static_cast<long long>(time.calls));
+    out += text;
+  }
+  write_stdout(out);
+}
+
+}  // namespace
+
+void add_bench_command(CLI::App& app) {
+  auto options = std::make_shared<BenchOptions>();
+  CLI::App* command = app.add_subcommand("bench", "speed of prefill and decode");
+  command->add_option("model", options->model, ".tq file or Hugging Face folder")->required();
+  command->add_option("-p,--prompt", options->prompt, "prompt tokens")
+      ->check(number_in(1, 1 << 24))
+      ->capture_default_str();
+  command->add_option("-n,--decode", options->decode, "decoded tokens")
+      ->check(number_in(0, 1 << 24))
+      ->capture_default_str();
+  command->add_option("-r,--repeat", options->repeat, "repetitions")
+      ->check(number_in(1, 1000))
+      ->capture_default_str();
+  command->add_flag("--json", options->json, "one JSON object on stdout");
+  command->add_flag("--profile", options->profile, "time per operation");
+  add_device_options(*command, options->device, true);
+  command->callback([options] { bench(*options); });
+}
+
+}  // namespace tq

@@ -1,0 +1,217 @@
+// cmd_inspect - `tq inspect` (what is in a model) and `tq verify` (is every byte as written).
+#include <cstdio>
+
+#include "model/error.h"
+#include "model/tq_file.h"
+#include "tokenizer/chat.h"
+#include "tools/commands.h"
+#include "tools/runtime.h"
+
+namespace tq {
+namespace {
+
+const char* matrix_storage_name(const Matrix& matrix) {
+  switch (matrix.storage) {
+    case Storage::kF32:
+      return "f32";
+    case Storage::kF16:
+      return "f16";
+    case Storage::kBF16:
+      return "bf16";
+    case Storage::kQ4:
+      return "q4";
+    case Storage::kQ8:
+      return "q8";
+  }
+  return "?";
+}
+
+uint64_t matrix_bytes(const Matrix& matrix) {
+  return matrix.data_bytes() + matrix.scale_bytes();
+}
+
+uint64_t linear_bytes(const Linear& linear) {
+  uint64_t bytes = matrix_bytes(linear.weight);
+  if (linear.branch_a) bytes += matrix_bytes(*linear.branch_a) + matrix_bytes(*linear.branch_b);
+  return bytes;
+}
+
+Json matrix_json(const std::string& name, const Matrix& matrix, uint64_t bytes) {
+  const double params = static_cast<double>(matrix.rows) * static_cast<double>(matrix.cols);
+  Json json = {{"name", name},
+               {"shape", {matrix.rows, matrix.cols}},
+               {"storage", matrix_storage_name(matrix)},
+               {"bytes", bytes},
+               {"bits_per_weight", static_cast<double>(bytes) * 8 / params}};
+  if (matrix.packed()) json["group"] = matrix.group;
+  return json;
+}
+
+// One row per linear. Distortion was measured while quantizing and travels in the header.
+Json linear_json(const std::string& name, const Linear& linear, const Json& measured) {
+  Json json = matrix_json(name, linear.weight, linear_bytes(linear));
+  json["rank"] = linear.rank();
+  json["act_bits"] = linear.act.bits;
+  if (linear.act.bits < 16) json["act_group"] = linear.act.group;
+  if (linear.input.active()) json["input_transform_block"] = linear.input.block;
+  if (measured.is_object() && measured.contains(name)) json["distortion"] = measured[name];
+  return json;
+}
+
+const char* rope_name(RopeKind kind) {
+  switch (kind) {
+    case RopeKind::kDefault:
+      return "default";
+    case RopeKind::kLlama3:
+      return "llama3";
+    case RopeKind::kYarn:
+      return "yarn";
+  }
+  return "?";
+}
+
+Json inspect_json(const Model& model, const Tokenizer& tokenizer) {
+  const Config& c = model.config;
+  const Json measured = model.quantization.value("distortion", Json::object());
+  Json tensors = Json::array();
+  tensors.push_back(matrix_json("tok_embed", model.tok_embed, matrix_bytes(model.tok_embed)));
+  uint64_t linear_params = 0, linears_bytes = 0, other = 0;
+  for (size_t i = 0; i < model.layers.size(); ++i) {
+    const Layer& layer = model.layers[i];
+    for (const NamedLinear& named : kLayerLinears) {
+      const Linear& linear = layer.*named.member;
+      tensors.push_back(
+          linear_json("layers." + std::to_string(i) + "." + named.name, linear, measured));
+      linear_params += static_cast<uint64_t>(linear.out_dim() * linear.in_dim());
+      linears_bytes += linear_bytes(linear);
+    }
+    other +=
+        layer.attn_norm.size() + layer.ffn_norm.size() + layer.q_norm.size() + layer.k_norm.size();
+  }
+  if (!c.tied) {
+    tensors.push_back(matrix_json("lm_head", model.lm_head.weight, linear_bytes(model.lm_head)));
+  }
+  const uint64_t table = static_cast<uint64_t>(c.vocab_size * c.dim);
+  const uint64_t params =
+      linear_params + other + static_cast<uint64_t>(c.dim) + table * (c.tied ? 1 : 2);
+  const uint64_t total_bytes = linears_bytes + matrix_bytes(model.tok_embed) +
+                               (c.tied ? 0 : linear_bytes(model.lm_head)) +
+                               4 * (other + static_cast<uint64_t>(c.dim));
+  const int64_t kv_values = 2 * c.n_layers * c.kv_dim();
+  Json quantization = model.quantization;
+  quantization.erase("distortion");  // shown per tensor
+  return {{"schema", 1},
+          {"source", model.source},
+          {"architecture", c.arch == Arch::kLlama ? "llama" : "qwen3"},
+          {"parameters", params},
+          {"weight_bytes", total_bytes},
+          {"bits_per_weight", 8.0 * static_cast<double>(total_bytes) / static_cast<double>(params)},
+          {"linears",
+           {{"parameters", linear_params},
+            {"bytes", linears_bytes},
+            {"bits_per_weight",
+             8.0 * static_cast<double>(linears_bytes) / static_cast<double>(linear_params)}}},
+          {"shape",
+           {{"dim", c.dim},
+            {"hidden_dim", c.hidden_dim},
+            {"n_layers", c.n_layers},
+            {"n_heads", c.n_heads},
+            {"n_kv_heads", c.n_kv_heads},
+            {"head_dim", c.head_dim},
+            {"vocab_size", c.vocab_size},
+            {"max_seq_len", c.max_seq_len},
+            {"norm_eps", c.norm_eps},
+            {"tied_embeddings", c.tied}}},
+          {"rope",
+           {{"type", rope_name(c.rope.kind)}, {"theta", c.rope.theta}, {"factor", c.rope.factor}}},
+          {"residual_basis", model.residual_basis.active()
+                                 ? Json{{"kind", "hadamard"}, {"block", model.residual_basis.block}}
+                                 : Json(nullptr)},
+          {"quantization", quantization},
+          {"kv_bytes_per_token", {{"32", 4 * kv_values}, {"16", 2 * kv_values}}},
+          {"tokenizer", {{"type", tokenizer.describe()}, {"size", tokenizer.size()}}},
+          {"chat_template", chat_kind_name(detect_chat_kind(model.texts, model.source))},
+          {"stop_tokens", stop_tokens(model.texts, c, tokenizer, model.source)},
+          {"tensors", tensors}};
+}
+
+void print_summary(const Json& json) {
+  const Json& shape = json["shape"];
+  std::string out;
+  char line[256];
+  const auto add = [&](const char* format, auto... values) {
+    std::snprintf(line, sizeof line, format, values...);
+    out += line;
+  };
+  add("%s\n", json["source"].get<std::string>().c_str());
+  add("  %s, %.1f M parameters, %.1f MB of weights, %.3f bits per weight\n",
+      json["architecture"].get<std::string>().c_str(), json["parameters"].get<double>() / 1e6,
+      json["weight_bytes"].get<double>() / 1e6, json["bits_per_weight"].get<double>());
+  add("  linears: %.1f M parameters, %.4f bits per weight (scales and branches included)\n",
+      json["linears"]["parameters"].get<double>() / 1e6,
+      json["linears"]["bits_per_weight"].get<double>());
+  add("  dim %lld, hidden %lld, layers %lld, heads %lld (kv %lld) of %lld, vocab %lld, context "
+      "%lld\n",
+      shape["dim"].get<long long>(), shape["hidden_dim"].get<long long>(),
+      shape["n_layers"].get<long long>(), shape["n_heads"].get<long long>(),
+      shape["n_kv_heads"].get<long long>(), shape["head_dim"].get<long long>(),
+      shape["vocab_size"].get<long long>(), shape["max_seq_len"].get<long long>());
+  add("  rope %s, theta %.0f; KV cache %lld bytes a token at 16 bits\n",
+      json["rope"]["type"].get<std::string>().c_str(), json["rope"]["theta"].get<double>(),
+      json["kv_bytes_per_token"]["16"].get<long long>());
+  add("  tokenizer %s; chat template %s\n", json["tokenizer"]["type"].get<std::string>().c_str(),
+      json["chat_template"].get<std::string>().c_str());
+  add("  quantization %s\n\n", json["quantization"].value("method", "none").c_str());
+  add("  %-22s %14s %6s %6s %6s %8s %8s\n", "tensor", "shape", "store", "group", "rank", "bits/w",
+      "SNR dB");
+  for (const Json& tensor : json["tensors"]) {
+    char dims[32];
+    std::snprintf(dims, sizeof dims, "%lld x %lld", tensor["shape"][0].get<long long>(),
+                  tensor["shape"][1].get<long long>());
+    std::string snr = "-";
+    if (tensor.contains("distortion") && tensor["distortion"].contains("weight_snr_db")) {
+      char text[16];
+      std::snprintf(text, sizeof text, "%.2f", tensor["distortion"]["weight_snr_db"].get<double>());
+      snr = text;
+    }
+    add("  %-22s %14s %6s %6lld %6lld %8.4f %8s\n", tensor["name"].get<std::string>().c_str(), dims,
+        tensor["storage"].get<std::string>().c_str(), tensor.value("group", 0LL),
+        tensor.value("rank", 0LL), tensor["bits_per_weight"].get<double>(), snr.c_str());
+  }
+  write_stdout(out);
+}
+
+}  // namespace
+
+void add_inspect_command(CLI::App& app) {
+  struct Options {
+    std::string model;
+    bool json = false;
+  };
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("inspect", "shapes, sizes and bits per weight of a model");
+  command->add_option("model", options->model, ".tq file or Hugging Face folder")->required();
+  command->add_flag("--json", options->json, "one JSON object on stdout");
+  command->callback([options] {
+    const Model model = load_model(options->model);
+    const Json json = inspect_json(model, open_tokenizer(model));
+    if (options->json) {
+      write_stdout(json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
+    } else {
+      print_summary(json);
+    }
+  });
+}
+
+void add_verify_command(CLI::App& app) {
+  auto path = std::make_shared<std::string>();
+  CLI::App* command = app.add_subcommand("verify", "check every checksum of a .tq file");
+  command->add_option("model", *path, ".tq file")->required();
+  command->callback([path] {
+    const int64_t count = verify_tq_file(*path);
+    write_stdout("ok: " + std::to_string(count) + " tensors of " + printable(*path) +
+                 " are as written\n");
+  });
+}
+
+}  // namespace tq

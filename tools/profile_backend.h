@@ -1,0 +1,22 @@
+// profile_backend - a backend that passes every operation on to another one and times it.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+
+#include "model/backend.h"
+
+namespace tq {
+
+struct OpTime {
+  double seconds = 0;
+  int64_t calls = 0;
+};
+
+/// Wraps `inner`; operations must be synchronous for the times to mean anything (the CPU's are).
+/// `times` receives the totals by operation name and must outlive the backend.
+std::unique_ptr<Backend> make_profile_backend(std::unique_ptr<Backend> inner,
+                                              std::map<std::string, OpTime>& times);
+
+}  // namespace tq

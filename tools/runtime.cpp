@@ -1,0 +1,152 @@
+// runtime - see runtime.h.
+#include "tools/runtime.h"
+
+#include <sys/resource.h>
+
+#include <cerrno>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <iostream>
+#include <iterator>
+
+#include "model/error.h"
+
+namespace tq {
+namespace {
+
+// A prompt or an evaluation text beyond this is refused rather than read into memory.
+constexpr size_t kMaxTextBytes = size_t{1} << 31;
+
+volatile std::sig_atomic_t g_signal = 0;
+
+void on_signal(int signal) {
+  if (g_signal) std::_Exit(128 + signal);
+  g_signal = signal;
+}
+
+}  // namespace
+
+void add_device_options(CLI::App& command, DeviceOptions& options, bool with_kv) {
+  command.add_option("--device", options.device, "auto, cpu or cuda")->capture_default_str();
+  command.add_option("--threads", options.threads, "CPU threads; 0 = all cores")
+      ->check(number_in(0, 1024))
+      ->capture_default_str();
+  if (with_kv) {
+    command.add_option("--kv-bits", options.kv_bits, "bits per cached key or value")
+        ->check(CLI::IsMember({32, 16}))
+        ->default_str("32 for an unquantized folder, else 16");
+  }
+}
+
+std::unique_ptr<Backend> open_backend(const DeviceOptions& options) {
+  if (options.device == "cuda") {
+    throw Error(ErrorKind::kResource, "no CUDA device", "--device cuda",
+                "this tq was built without CUDA", "use --device cpu");
+  }
+  if (options.device != "auto" && options.device != "cpu") {
+    throw Error(ErrorKind::kUsage, "unknown device", "--device " + options.device,
+                "expected auto, cpu or cuda");
+  }
+  return std::make_unique<CpuBackend>(options.threads);
+}
+
+Tokenizer open_tokenizer(const Model& model) {
+  const std::string where = model.source + ": tokenizer.json";
+  Tokenizer tokenizer = Tokenizer::from_json(model.texts.tokenizer, where);
+  if (tokenizer.size() > model.config.vocab_size) {
+    throw Error(ErrorKind::kBadData, "tokenizer does not fit the model", where,
+                "ids up to " + std::to_string(tokenizer.size() - 1) + ", the embedding has " +
+                    std::to_string(model.config.vocab_size) + " rows");
+  }
+  return tokenizer;
+}
+
+Runtime::Runtime(const std::string& path, const DeviceOptions& options)
+    : model(load_model(path)),
+      tokenizer(open_tokenizer(model)),
+      backend(open_backend(options)),
+      prepared(model, *backend) {}
+
+bool Runtime::quantized() const {
+  return model.quantization.value("method", "none") != "none";
+}
+
+int64_t Runtime::default_ctx(int64_t wanted) const {
+  return std::min(wanted, model.config.max_seq_len);
+}
+
+int64_t Runtime::checked_ctx(int64_t ctx) const {
+  if (ctx > model.config.max_seq_len) {
+    throw Error(
+        ErrorKind::kUsage, "context too long", "--ctx " + std::to_string(ctx),
+        "the model was trained for " + std::to_string(model.config.max_seq_len) + " positions");
+  }
+  return ctx;
+}
+
+SessionOptions Runtime::session_options(int64_t ctx, int kv_bits) const {
+  SessionOptions options;
+  options.ctx = ctx;
+  options.kv_bits = kv_bits ? kv_bits : (quantized() ? 16 : 32);
+  options.valid_vocab = tokenizer.size();
+  return options;
+}
+
+CLI::Validator number_in(double low, double high) {
+  const auto text = [](double value) {
+    char buffer[32];
+    std::snprintf(buffer, sizeof buffer, "%.10g", value);
+    return std::string(buffer);
+  };
+  const std::string range = "[" + text(low) + ", " + text(high) + "]";
+  return CLI::Validator(
+      [low, high, range](std::string& value) {
+        char* end = nullptr;
+        const double number = std::strtod(value.c_str(), &end);
+        if (value.empty() || *end != '\0' || !std::isfinite(number) || number < low ||
+            number > high) {
+          return "\"" + value + "\" is not a number in " + range;
+        }
+        return std::string();
+      },
+      "in " + range);
+}
+
+void write_stdout(std::string_view text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
+    throw Error(ErrorKind::kIo, "cannot write output", "stdout", std::strerror(errno));
+  }
+}
+
+void install_signal_handler() {
+  struct sigaction action = {};
+  action.sa_handler = on_signal;
+  sigemptyset(&action.sa_mask);
+  for (int signal : {SIGINT, SIGTERM, SIGHUP}) sigaction(signal, &action, nullptr);
+}
+
+bool interrupted() {
+  return g_signal != 0;
+}
+
+void check_interrupted() {
+  if (interrupted()) throw Error(ErrorKind::kInterrupted, "interrupted", "signal", "stopped");
+}
+
+uint64_t peak_rss_bytes() {
+  rusage usage = {};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<uint64_t>(usage.ru_maxrss) * 1024;
+}
+
+std::string read_input_text(const std::string& path) {
+  if (path != "-") return read_text_file(path, kMaxTextBytes);
+  std::string text((std::istreambuf_iterator<char>(std::cin)), std::istreambuf_iterator<char>());
+  if (std::cin.bad()) throw Error(ErrorKind::kIo, "cannot read", "stdin", std::strerror(errno));
+  return text;
+}
+
+}  // namespace tq

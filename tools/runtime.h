@@ -1,0 +1,64 @@
+// runtime - what the commands share: opening a model on a device, checked output, signals.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "cpu/cpu_backend.h"
+#include "model/forward.h"
+#include "tokenizer/tokenizer.h"
+
+namespace tq {
+
+/// Options that choose the device; add_device_options() puts them on a command.
+struct DeviceOptions {
+  std::string device = "auto";
+  int threads = 0;  // 0 = all cores
+  int kv_bits = 0;  // 0 = default_kv_bits()
+};
+void add_device_options(CLI::App& command, DeviceOptions& options, bool with_kv);
+
+/// A model ready to run. Not movable: the parts refer to each other.
+struct Runtime {
+  Runtime(const std::string& path, const DeviceOptions& options);
+  Runtime(const Runtime&) = delete;
+  Model model;
+  Tokenizer tokenizer;
+  std::unique_ptr<Backend> backend;
+  PreparedModel prepared;
+
+  bool quantized() const;
+  /// Longest timeline offered by default: the model's own limit, at most `wanted` tokens.
+  int64_t default_ctx(int64_t wanted) const;
+  /// Checks a user's --ctx against the model. Throws kUsage.
+  int64_t checked_ctx(int64_t ctx) const;
+  SessionOptions session_options(int64_t ctx, int kv_bits) const;
+};
+
+/// The tokenizer of a model; checks that its ids fit the embedding. Throws kBadData.
+Tokenizer open_tokenizer(const Model& model);
+std::unique_ptr<Backend> open_backend(const DeviceOptions& options);
+
+/// CLI11 validator: a finite number in [low, high]; `name` describes the range in messages.
+CLI::Validator number_in(double low, double high);
+
+/// Writes to stdout at once. Throws kIo when that fails (disk full, closed); a closed pipe ends the
+/// process by SIGPIPE as usual.
+void write_stdout(std::string_view text);
+
+/// Installs the SIGINT/SIGTERM handler; interrupted() turns true at the first signal, the second
+/// ends the process.
+void install_signal_handler();
+bool interrupted();
+/// Throws kInterrupted if a signal arrived.
+void check_interrupted();
+
+/// Largest resident memory of this process so far, bytes.
+uint64_t peak_rss_bytes();
+
+/// Reads a whole text file, or stdin for "-".
+std::string read_input_text(const std::string& path);
+
+}  // namespace tq
