@@ -29,7 +29,7 @@ show() {
   echo "after   $(megabytes "$file")  $file"
   echo
   printf '$ ./tq run %s' "$file"
-  printf ' %q' "$@"
+  printf ' %s' "${@@Q}"
   echo
   ./tq run "$file" "$@"
 }

@@ -35,6 +35,6 @@ fi
 
 echo "deps: installing ${missing[*]}" >&2
 # The package lists of a fresh machine are empty or old; refresh them first.
-"${as_root[@]}" apt-get update -qq >&2
+"${as_root[@]}" apt-get update -qq >/dev/null
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-  apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
+  apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 "${missing[@]}" >/dev/null
