@@ -21,11 +21,11 @@ struct RopeConfig {
   RopeKind kind = RopeKind::kDefault;
   double theta = 10000.0;
   double factor = 1.0;
-  double original_max_seq_len = 0;              // llama3, yarn
+  double original_max_seq_len = 0;                   // llama3, yarn
   double low_freq_factor = 1, high_freq_factor = 4;  // llama3
-  double beta_fast = 32, beta_slow = 1;         // yarn
-  double attention_factor = 1.0;                // yarn: multiplies cos and sin
-  bool truncate = true;                         // yarn: round the correction range to integers
+  double beta_fast = 32, beta_slow = 1;              // yarn
+  double attention_factor = 1.0;                     // yarn: multiplies cos and sin
+  bool truncate = true;                              // yarn: round the correction range to integers
 };
 
 struct Config {
@@ -39,7 +39,7 @@ struct Config {
   int64_t vocab_size = 0;  // rows of the embedding; may exceed the tokenizer's size
   int64_t max_seq_len = 0;
   float norm_eps = 0;
-  bool tied = false;       // lm_head is the embedding
+  bool tied = false;  // lm_head is the embedding
   RopeConfig rope;
   std::vector<int32_t> eos_ids;  // of config.json alone; tokenizer/chat.h makes the union
 

@@ -42,8 +42,8 @@ std::string printable(const std::string& text);
                                const std::string& note);
 
 /// Invariant of our own code. Never used on input: input errors throw tq::Error.
-#define TQ_CHECK(condition, ...)                                                      \
-  do {                                                                                \
+#define TQ_CHECK(condition, ...)                                                          \
+  do {                                                                                    \
     if (!(condition)) ::tq::check_failed(#condition, __FILE__, __LINE__, "" __VA_ARGS__); \
   } while (0)
 

@@ -15,8 +15,8 @@ namespace tq {
 /// Element types of dense tensors, plus raw bytes for texts kept inside a .tq file.
 enum class DType : uint8_t { kF32, kF16, kBF16, kU8 };
 
-size_t dtype_size(DType dtype);        // bytes per element
-const char* dtype_name(DType dtype);   // "F32", "F16", "BF16", "U8"
+size_t dtype_size(DType dtype);       // bytes per element
+const char* dtype_name(DType dtype);  // "F32", "F16", "BF16", "U8"
 
 /// bfloat16 is the upper half of a float32.
 inline float bf16_to_f32(uint16_t bits) {
@@ -71,13 +71,19 @@ class AlignedBuffer {
   AlignedBuffer() = default;
   explicit AlignedBuffer(size_t bytes);
   template <typename T>
-  T* as() { return reinterpret_cast<T*>(data_.get()); }
+  T* as() {
+    return reinterpret_cast<T*>(data_.get());
+  }
   template <typename T>
-  const T* as() const { return reinterpret_cast<const T*>(data_.get()); }
+  const T* as() const {
+    return reinterpret_cast<const T*>(data_.get());
+  }
   size_t size() const { return size_; }
 
  private:
-  struct Free { void operator()(std::byte* p) const; };
+  struct Free {
+    void operator()(std::byte* p) const;
+  };
   std::unique_ptr<std::byte, Free> data_;
   size_t size_ = 0;
 };

@@ -19,7 +19,9 @@ namespace tq {
 /// How a matrix is stored. Packed kinds hold integer codes in groups along a row, one f16 scale
 /// per group: value = scale * code.
 enum class Storage : uint8_t {
-  kF32, kF16, kBF16,
+  kF32,
+  kF16,
+  kBF16,
   kQ4,  // codes -8..7 stored as code + 8, two per byte, even column in the low nibble
   kQ8   // codes -127..127, one int8 each
 };
@@ -28,13 +30,13 @@ enum class Storage : uint8_t {
 struct Matrix {
   Storage storage = Storage::kF32;
   int64_t rows = 0, cols = 0;
-  int64_t group = 0;                   // packed: columns per scale; the last group may be short
-  const std::byte* data = nullptr;     // dense elements or codes, row_bytes() per row
-  const uint16_t* scales = nullptr;    // packed: f16 [rows, n_groups()]
+  int64_t group = 0;                 // packed: columns per scale; the last group may be short
+  const std::byte* data = nullptr;   // dense elements or codes, row_bytes() per row
+  const uint16_t* scales = nullptr;  // packed: f16 [rows, n_groups()]
 
   bool packed() const { return storage == Storage::kQ4 || storage == Storage::kQ8; }
   int64_t n_groups() const { return group ? (cols + group - 1) / group : 0; }
-  int64_t row_bytes() const;           // kQ4: ceil(cols / 2)
+  int64_t row_bytes() const;  // kQ4: ceil(cols / 2)
   size_t data_bytes() const { return static_cast<size_t>(rows * row_bytes()); }
   size_t scale_bytes() const { return static_cast<size_t>(rows * n_groups() * 2); }
 };
@@ -49,28 +51,28 @@ void matrix_row_f32(const Matrix& matrix, int64_t row, float* out);
 struct Transform {
   enum class Kind : uint8_t { kNone, kHadamard };
   Kind kind = Kind::kNone;
-  int64_t size = 0;                  // length of the vector
-  int64_t block = 0;                 // Hadamard order; divides size (equal to it if it exists)
-  const int8_t* signs = nullptr;     // [size] of +1 / -1, or null for all +1
+  int64_t size = 0;               // length of the vector
+  int64_t block = 0;              // Hadamard order; divides size (equal to it if it exists)
+  const int8_t* signs = nullptr;  // [size] of +1 / -1, or null for all +1
   bool active() const { return kind != Kind::kNone; }
 };
 
 /// How the input of a linear is rounded at run time: symmetric, per token and group of columns,
 /// scale = max|x| * clip / (2^(bits-1) - 1). bits = 16 means not rounded (f32 is used).
 struct ActQuant {
-  int bits = 16;        // 4, 8 or 16
-  int64_t group = 64;   // columns per scale; 32, 64 or 128
+  int bits = 16;       // 4, 8 or 16
+  int64_t group = 64;  // columns per scale; 32, 64 or 128
   float clip = 1.0f;
 };
 
 /// y[n, out] = x' R^T (+ (x' A^T) B^T), where x' = round(transform(x)).
 struct Linear {
-  Matrix weight;                       // W [out, in], or the residual R when a branch exists
-  std::optional<Matrix> branch_a;      // A [rank, in], "down"
-  std::optional<Matrix> branch_b;      // B [out, rank], "up"
-  Transform input;                     // online transform of x
-  ActQuant act;                        // rounding of x (both components read the rounded x when
-                                       // the branch is packed; a dense branch reads x unrounded)
+  Matrix weight;                   // W [out, in], or the residual R when a branch exists
+  std::optional<Matrix> branch_a;  // A [rank, in], "down"
+  std::optional<Matrix> branch_b;  // B [out, rank], "up"
+  Transform input;                 // online transform of x
+  ActQuant act;                    // rounding of x (both components read the rounded x when
+                                   // the branch is packed; a dense branch reads x unrounded)
   int64_t out_dim() const { return weight.rows; }
   int64_t in_dim() const { return weight.cols; }
   int64_t rank() const { return branch_a ? branch_a->rows : 0; }
@@ -84,7 +86,10 @@ struct Layer {
 };
 
 /// The seven linears of a layer with their names, in file order.
-struct NamedLinear { const char* name; Linear Layer::*member; };
+struct NamedLinear {
+  const char* name;
+  Linear Layer::*member;
+};
 extern const NamedLinear kLayerLinears[7];
 
 /// Texts of the Hugging Face folder that travel with the weights, byte for byte; empty if absent.
@@ -95,17 +100,17 @@ struct ModelTexts {
 struct Model {
   Config config;
   ModelTexts texts;
-  Json quantization;                 // how it was made ({"method": "none"} for a folder)
-  Matrix tok_embed;                  // [vocab, dim], always in the model's own basis
-  Linear lm_head;                    // weight is a view of tok_embed when tied
+  Json quantization;  // how it was made ({"method": "none"} for a folder)
+  Matrix tok_embed;   // [vocab, dim], always in the model's own basis
+  Linear lm_head;     // weight is a view of tok_embed when tied
   // The residual stream runs in a rotated basis when active: x = transform(embed[token]), and the
   // inverse is applied before final_norm. Embedding and head therefore keep their own values, tied
   // or not, and the norm gain needs no folding.
   Transform residual_basis;
-  std::vector<float> final_norm;     // [dim]
+  std::vector<float> final_norm;  // [dim]
   std::vector<Layer> layers;
-  std::string source;                // path, for messages
-  std::shared_ptr<void> owner;       // keeps mappings and buffers of the views alive
+  std::string source;           // path, for messages
+  std::shared_ptr<void> owner;  // keeps mappings and buffers of the views alive
 };
 
 /// Loads a model folder (config.json, safetensors, tokenizer files) without quantizing it.
@@ -113,7 +118,8 @@ struct Model {
 Model load_hf_folder(const std::string& folder);
 /// Opens a .tq file. Header, lengths and the header's checksum are always checked. (tq_file.cpp)
 Model load_tq_file(const std::string& path);
-/// A folder or a .tq file, whichever `path` is; the error for anything else says what it looks like.
+/// A folder or a .tq file, whichever `path` is; the error for anything else says what it looks
+/// like.
 Model load_model(const std::string& path);
 
 }  // namespace tq

@@ -1,0 +1,284 @@
+// The .tq container: round trip, and that damage of any kind is found.
+#include <gtest/gtest.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include <cstring>
+#include <random>
+
+#include "model/error.h"
+#include "model/tq_file.h"
+#include "model/tq_layout.h"
+#include "tests/temp_dir.h"
+
+namespace tq {
+namespace {
+
+const char* kConfig = R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+  "vocab_size": 8, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_act": "silu",
+  "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+  "tie_word_embeddings": true})";
+
+// Memory behind the matrices of a hand-made model.
+struct Bytes {
+  std::vector<std::vector<std::byte>> blocks;
+  std::mt19937 random{1};
+  std::byte* take(size_t n) {
+    auto& block = blocks.emplace_back(n);
+    for (std::byte& b : block) b = static_cast<std::byte>(random() & 0xFF);
+    return block.data();
+  }
+  Matrix matrix(Storage storage, int64_t rows, int64_t cols, int64_t group) {
+    Matrix m;
+    m.storage = storage;
+    m.rows = rows;
+    m.cols = cols;
+    m.group = group;
+    m.data = take(m.data_bytes());
+    if (m.packed()) {
+      auto* scales = reinterpret_cast<uint16_t*>(take(m.scale_bytes()));
+      for (int64_t i = 0; i < rows * m.n_groups(); ++i) scales[i] = 0x2E66;  // 0.1
+      m.scales = scales;
+    }
+    return m;
+  }
+};
+
+struct TestModel {
+  Bytes bytes;
+  std::vector<int8_t> signs = std::vector<int8_t>(64, 1);
+  Model model;
+  TestModel() {
+    model.texts.config = kConfig;
+    model.texts.tokenizer = "{}";
+    model.quantization = {{"method", "test"}};
+    model.tok_embed = bytes.matrix(Storage::kBF16, 8, 64, 0);
+    model.lm_head.weight = model.tok_embed;
+    signs[3] = -1;
+    model.residual_basis = {Transform::Kind::kHadamard, 64, 64, signs.data()};
+    model.final_norm.assign(64, 1.0f);
+    Layer& layer = model.layers.emplace_back();
+    layer.attn_norm.assign(64, 1.0f);
+    layer.ffn_norm.assign(64, 2.0f);
+    const auto linear = [&](int64_t out, int64_t in) {
+      Linear l;
+      l.weight = bytes.matrix(Storage::kQ4, out, in, 64);
+      l.act = {4, 64, 0.95f};
+      return l;
+    };
+    layer.wq = linear(64, 64);
+    layer.wk = linear(32, 64);
+    layer.wv = linear(32, 64);
+    layer.wo = linear(64, 64);
+    layer.wo.branch_a = bytes.matrix(Storage::kF16, 4, 64, 0);
+    layer.wo.branch_b = bytes.matrix(Storage::kF16, 64, 4, 0);
+    layer.w_gate = linear(96, 64);
+    layer.w_up = linear(96, 64);
+    layer.w_down = linear(64, 96);
+    layer.w_down.input = {Transform::Kind::kHadamard, 96, 96, nullptr};
+  }
+  void write(const std::string& path) const {
+    TqWriter writer(path);
+    writer.add_table(model.tok_embed);
+    writer.add_linear("lm_head", model.lm_head, true);
+    writer.add_residual_basis(model.residual_basis);
+    writer.add_f32("final_norm", model.final_norm);
+    writer.add_f32("layers.0.attn_norm", model.layers[0].attn_norm);
+    writer.add_f32("layers.0.ffn_norm", model.layers[0].ffn_norm);
+    for (const NamedLinear& named : kLayerLinears) {
+      writer.add_linear(std::string("layers.0.") + named.name, model.layers[0].*named.member);
+    }
+    writer.finish(model.texts, model.quantization);
+  }
+};
+
+bool same_matrix(const Matrix& a, const Matrix& b) {
+  return a.storage == b.storage && a.rows == b.rows && a.cols == b.cols && a.group == b.group &&
+         std::memcmp(a.data, b.data, a.data_bytes()) == 0 &&
+         (!a.packed() || std::memcmp(a.scales, b.scales, a.scale_bytes()) == 0);
+}
+
+std::string failure(const std::string& path, bool verify = false) {
+  try {
+    if (verify) {
+      verify_tq_file(path);
+    } else {
+      load_tq_file(path);
+    }
+    return "";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::kBadData);
+    return error.what();
+  }
+}
+
+// Rewrites the header text and repairs all checksums: what a hostile author would do.
+void edit_header(const std::string& path, const std::string& from, const std::string& to) {
+  std::string bytes = read_bytes(path);
+  TqPrologue prologue;
+  std::memcpy(&prologue, bytes.data(), sizeof prologue);
+  std::string header = bytes.substr(prologue.header_offset);
+  const size_t at = header.find(from);
+  ASSERT_NE(at, std::string::npos) << from;
+  header.replace(at, from.size(), to);
+  prologue.header_bytes = header.size();
+  prologue.header_hash = XXH3_64bits(header.data(), header.size());
+  prologue.file_bytes = prologue.header_offset + header.size();
+  prologue.prologue_hash = XXH3_64bits(&prologue, offsetof(TqPrologue, prologue_hash));
+  bytes.resize(prologue.header_offset);
+  bytes += header;
+  std::memcpy(bytes.data(), &prologue, sizeof prologue);
+  write_bytes(path, bytes);
+}
+
+class TqFile : public ::testing::Test {
+ protected:
+  void SetUp() override { test_model.write(path); }
+  TempDir dir;
+  TestModel test_model;
+  const std::string path = dir / "model.tq";
+};
+
+TEST_F(TqFile, RoundTripKeepsEveryValue) {
+  const Model model = load_tq_file(path);
+  const Model& expected = test_model.model;
+  EXPECT_EQ(model.texts.config, kConfig);
+  EXPECT_TRUE(same_matrix(model.tok_embed, expected.tok_embed));
+  EXPECT_EQ(model.lm_head.weight.data, model.tok_embed.data);
+  EXPECT_EQ(model.final_norm, expected.final_norm);
+  EXPECT_EQ(std::memcmp(model.residual_basis.signs, test_model.signs.data(), 64), 0);
+  for (const NamedLinear& named : kLayerLinears) {
+    const Linear& a = model.layers[0].*named.member;
+    const Linear& b = expected.layers[0].*named.member;
+    EXPECT_TRUE(same_matrix(a.weight, b.weight)) << named.name;
+    EXPECT_EQ(a.rank(), b.rank());
+    EXPECT_EQ(a.input.block, b.input.block);
+    EXPECT_EQ(a.act.bits, b.act.bits);
+    EXPECT_EQ(a.act.clip, b.act.clip);
+  }
+  EXPECT_TRUE(same_matrix(*model.layers[0].wo.branch_b, *expected.layers[0].wo.branch_b));
+}
+
+TEST_F(TqFile, TensorsAreAlignedForVectorLoads) {
+  const Model model = load_tq_file(path);
+  for (const NamedLinear& named : kLayerLinears) {
+    const Matrix& m = (model.layers[0].*named.member).weight;
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(m.data) % 64, 0u);
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(m.scales) % 64, 0u);
+  }
+}
+
+TEST_F(TqFile, SameModelSameBytes) {
+  test_model.write(dir / "again.tq");
+  EXPECT_EQ(read_bytes(path), read_bytes(dir / "again.tq"));
+}
+
+TEST_F(TqFile, VerifyFindsEveryFlippedByte) {
+  const std::string original = read_bytes(path);
+  EXPECT_EQ(failure(path, true), "");
+  for (size_t i = 0; i < original.size(); i += 1) {
+    std::string damaged = original;
+    damaged[i] = static_cast<char>(damaged[i] ^ (1 << (i % 8)));
+    write_bytes(dir / "damaged.tq", damaged);
+    ASSERT_NE(failure(dir / "damaged.tq", true), "") << "byte " << i;
+  }
+}
+
+TEST_F(TqFile, EveryTruncationIsRefusedAtLoad) {
+  const std::string original = read_bytes(path);
+  for (size_t size = 0; size < original.size(); size += size < 4096 ? 13 : 509) {
+    write_bytes(dir / "short.tq", original.substr(0, size));
+    ASSERT_NE(failure(dir / "short.tq"), "") << size;
+  }
+  write_bytes(dir / "long.tq", original + "x");
+  EXPECT_NE(failure(dir / "long.tq").find("incomplete copy?"), std::string::npos);
+}
+
+TEST_F(TqFile, NewerVersionsSayWhichTqReads) {
+  std::string bytes = read_bytes(path);
+  bytes[8] = 9;
+  write_bytes(path, bytes);
+  EXPECT_NE(failure(path).find("format version 9, this tq reads version 1"), std::string::npos);
+}
+
+TEST_F(TqFile, DamagedTensorIsNamed) {
+  std::string bytes = read_bytes(path);
+  const Model model = load_tq_file(path);
+  const size_t offset =
+      bytes.find(std::string(reinterpret_cast<const char*>(model.layers[0].w_up.weight.data), 64));
+  bytes[offset + 5] ^= 1;
+  write_bytes(path, bytes);
+  EXPECT_EQ(failure(path), "");  // load checks the structure, verify every byte
+  EXPECT_NE(failure(path, true).find("layers.0.w_up"), std::string::npos);
+}
+
+// A header whose checksums are right but whose content lies must still be refused, by name.
+struct Lie {
+  const char* from;
+  const char* to;
+  const char* message;
+};
+class TqHeaderLie : public ::testing::TestWithParam<Lie> {};
+TEST_P(TqHeaderLie, IsRefused) {
+  TempDir dir;
+  TestModel().write(dir / "m.tq");
+  edit_header(dir / "m.tq", GetParam().from, GetParam().to);
+  EXPECT_NE(failure(dir / "m.tq").find(GetParam().message), std::string::npos)
+      << failure(dir / "m.tq");
+}
+INSTANTIATE_TEST_SUITE_P(
+    All, TqHeaderLie,
+    ::testing::Values(
+        Lie{R"("group":64)", R"("group":0)", "group size 0"},
+        Lie{R"("group":64)", R"("group":48)", "group size 48"},
+        Lie{R"("group":64)", R"("group":32)", "scales"},
+        Lie{R"("storage":"Q4")", R"("storage":"Q3")", "unknown storage Q3"},
+        Lie{R"("storage":"Q4")", R"("storage":"Q8")", "expected Q8"},
+        Lie{R"("rows":32)", R"("rows":33)", "the config asks for"},
+        Lie{R"("bits":4)", R"("bits":5)", "activations of 5 bits"},
+        Lie{R"("clip":)", R"("clap":)", "unknown field"},
+        Lie{R"("block":96)", R"("block":7)", "Hadamard block 7"},
+        Lie{R"("kind":"hadamard")", R"("kind":"magic")", "unknown transform magic"},
+        Lie{R"("branch_b":)", R"("branch_c":)", "unknown field"},
+        Lie{R"("offset":64)", R"("offset":9223372036854775807)", "do not follow"},
+        Lie{R"("offset":64)", R"("offset":-64)", "offset"},
+        Lie{R"("shape":[8,64])", R"("shape":[8,4294967296])", "do not fit its shape"},
+        Lie{R"("shape":[8,64])", R"("shape":[4294967296,4294967296,4294967296])", "overflows"},
+        Lie{R"("name":"final_norm")", R"("name":"tok_embed")", "appears twice"},
+        Lie{R"("name":"final_norm")", R"("name":"final_nomr")", "final_norm is missing"},
+        Lie{R"("tensor":"tok_embed")", R"("tensor":"final_norm")", "expected BF16"}));
+
+TEST_F(TqFile, UnfinishedWriteLeavesNothingBehind) {
+  {
+    TqWriter writer(dir / "half.tq");
+    writer.add_f32("final_norm", test_model.model.final_norm);
+  }
+  size_t files = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(dir.path())) {
+    files += entry.is_regular_file();
+  }
+  EXPECT_EQ(files, 1u);  // model.tq
+}
+
+TEST_F(TqFile, OldFileSurvivesAFailedRewrite) {
+  const std::string before = read_bytes(path);
+  {
+    TqWriter writer(path);
+    writer.add_f32("final_norm", test_model.model.final_norm);
+  }
+  EXPECT_EQ(read_bytes(path), before);
+}
+
+TEST(TqWriter, MissingFolderIsAnIoError) {
+  try {
+    TqWriter writer("/nonexistent-folder/x.tq");
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::kIo);
+    EXPECT_NE(std::string(error.what()).find("No such file"), std::string::npos);
+  }
+}
+
+}  // namespace
+}  // namespace tq
