@@ -13,19 +13,19 @@
 namespace tq {
 
 struct Message {
-  std::string role;     // "system", "user", "assistant"
+  std::string role;  // "system", "user", "assistant"
   std::string content;
 };
 
 enum class ChatKind {
-  kNone,          // no template in the model folder: base model
-  kUnknown,       // a template we do not know
-  kChatMLSmol,    // SmolLM2: ChatML with its default system text
-  kQwen3,         // hybrid thinking
-  kQwen3Instruct, // 2507 instruct: no thinking
-  kQwen3Thinking, // 2507 thinking: answer starts inside <think>
+  kNone,           // no template in the model folder: base model
+  kUnknown,        // a template we do not know
+  kChatMLSmol,     // SmolLM2: ChatML with its default system text
+  kQwen3,          // hybrid thinking
+  kQwen3Instruct,  // 2507 instruct: no thinking
+  kQwen3Thinking,  // 2507 thinking: answer starts inside <think>
   kLlama30,
-  kLlama31        // 3.1, 3.2, 3.3: date line in the system block
+  kLlama31  // 3.1, 3.2, 3.3: date line in the system block
 };
 
 struct ChatOptions {

@@ -16,6 +16,12 @@
 
 namespace tq {
 
+/// What decoding remembers between tokens (decode.h).
+struct DecodeState {
+  bool first = true;        // no token yet
+  int64_t strip_left = -1;  // characters that Strip may still remove; -1 = all of them
+};
+
 class Tokenizer {
  public:
   /// Parses tokenizer.json. Throws Error(kBadData) naming the unsupported or broken part.
@@ -31,7 +37,9 @@ class Tokenizer {
   /// parse_special: added tokens written in the text become their ids (Hugging Face's behaviour);
   /// otherwise they are ordinary text (what `run` does with user text).
   std::vector<int32_t> encode(std::string_view text, bool add_special, bool parse_special) const;
-  /// Bytes of a token sequence, by the decoder of tokenizer.json. May end inside a UTF-8 sequence.
+  /// Bytes of a token sequence, by the decoder of tokenizer.json. May end inside a UTF-8 sequence,
+  /// and a model may emit bytes that are no UTF-8 at all: see replace_invalid_utf8().
+  /// Throws Error(kBadData) for an id outside [0, size()), here and below.
   std::string decode(std::span<const int32_t> ids, bool skip_special) const;
   /// The vocabulary string of a token as written in tokenizer.json ("Ġthe", "▁the", "<0x0A>").
   const std::string& piece(int32_t id) const;
@@ -41,12 +49,15 @@ class Tokenizer {
   std::string describe() const;
 
  private:
+  friend class StreamDecoder;
   struct Impl;
   explicit Tokenizer(std::unique_ptr<Impl> impl);
+  void append_decoded(int32_t id, bool skip_special, DecodeState& state, std::string& out) const;
   std::unique_ptr<Impl> impl_;
 };
 
 /// Decodes a stream token by token; an incomplete UTF-8 tail is held back until it is complete.
+/// All outputs together are replace_invalid_utf8(decode(ids)): what it returns is always valid.
 class StreamDecoder {
  public:
   explicit StreamDecoder(const Tokenizer& tokenizer, bool skip_special);
@@ -57,11 +68,15 @@ class StreamDecoder {
  private:
   const Tokenizer& tokenizer_;
   bool skip_special_;
-  bool first_ = true;
+  DecodeState state_;
   std::string pending_;
 };
 
 /// True if `text` is valid UTF-8 (no surrogates, no overlong forms).
 bool is_valid_utf8(std::string_view text);
+
+/// Each broken sequence becomes U+FFFD (one per "maximal subpart", as Unicode recommends and Rust
+/// and Python do).
+std::string replace_invalid_utf8(std::string_view text);
 
 }  // namespace tq

@@ -1,0 +1,63 @@
+// added_tokens - cuts the added tokens (<|im_end|>, <think>, ...) out of a text before anything
+// else sees it.
+//
+// Leftmost match, longest token first. Tokens with "normalized": false are searched in the raw
+// text, the others in the normalized rest. Read next: normalize.h.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "model/json.h"
+#include "tokenizer/normalize.h"
+#include "tokenizer/regex.h"
+
+namespace tq {
+
+struct AddedToken {
+  int32_t id = 0;
+  std::string content;
+  bool special = false;                 // hidden by skip_special
+  bool normalized = false;              // matched after the normalizer, in its normalized form
+  bool single_word = false;             // only where no word character touches it
+  bool lstrip = false, rstrip = false;  // takes the white space beside it
+};
+
+/// The "added_tokens" list. Throws Error(kBadData) for unknown keys, duplicates and bad values.
+std::vector<AddedToken> parse_added_tokens(const Json* json, const std::string& where);
+
+/// A stretch of text: a token, or (id < 0) ordinary text.
+struct Segment {
+  std::string_view text;
+  int32_t id = -1;
+};
+
+/// Finds a set of tokens in a text.
+class TokenFinder {
+ public:
+  /// Keeps the tokens whose `normalized` equals the argument.
+  TokenFinder(const std::vector<AddedToken>& tokens, bool normalized, const Normalizer& normalizer);
+  /// Appends the segments of `text` in order; they cover it, except for text that rstrip took.
+  void split(std::string_view text, RegexScratch& scratch, std::vector<Segment>& segments) const;
+
+ private:
+  struct Node {
+    std::vector<std::pair<unsigned char, int32_t>> next;  // sorted by byte
+    int32_t token = -1;                                   // index into tokens_
+  };
+  void insert(const std::string& content, int32_t token);
+  const int32_t* child(int32_t node, unsigned char byte) const;
+  /// Longest token at `at`: its index and end. False if none.
+  bool longest(std::string_view text, size_t at, int32_t& token, size_t& end) const;
+  bool touches_word(std::string_view text, size_t begin, size_t end, RegexScratch& scratch) const;
+
+  std::vector<AddedToken> tokens_;
+  std::vector<Node> nodes_;
+  std::vector<bool> first_byte_;    // [256]: does a token begin with it?
+  std::optional<Regex> word_char_;  // compiled if a token asks for single_word
+};
+
+}  // namespace tq

@@ -1,0 +1,338 @@
+// bpe - see bpe.h. Reading the vocabulary and the merges first, then the merge loop.
+#include "tokenizer/bpe.h"
+
+#include <algorithm>
+#include <tuple>
+#include <unordered_set>
+
+#include "tokenizer/component.h"
+#include "tokenizer/pretokenize.h"
+#include "tokenizer/utf8.h"
+
+namespace tq {
+namespace {
+
+// Longer pieces are rarely met twice; more entries than this do not pay either.
+constexpr size_t kMaxCachedBytes = 48;
+constexpr size_t kMaxCacheEntries = 1 << 17;
+
+std::string byte_token(unsigned byte) {
+  static constexpr char kHex[] = "0123456789ABCDEF";
+  return std::string("<0x") + kHex[byte >> 4] + kHex[byte & 15] + ">";
+}
+
+size_t count_chars(std::string_view text) {
+  size_t n = 0;
+  for (size_t i = 0; i < text.size(); i += utf8_at(text, i).length) ++n;
+  return n;
+}
+
+// The bytes that a string of letters stands for; false if it has other characters.
+bool letters_to_bytes(std::string_view text, std::string& bytes) {
+  bytes.clear();
+  for (size_t i = 0; i < text.size();) {
+    const Utf8Unit unit = utf8_at(text, i);
+    const int byte = letter_to_byte(unit.code);
+    if (byte < 0) return false;
+    bytes += static_cast<char>(byte);
+    i += unit.length;
+  }
+  return true;
+}
+
+}  // namespace
+
+Bpe Bpe::from_json(const Json& model, bool byte_level, const std::vector<AddedToken>& added,
+                   const std::string& where) {
+  const std::string type = type_of(model, "model", where);
+  if (type != "BPE") {
+    bad_tokenizer("unsupported tokenizer model '" + type + "'", where, "only BPE is implemented");
+  }
+  check_keys(model,
+             {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+              "fuse_unk", "byte_fallback", "ignore_merges", "vocab", "merges"},
+             "BPE model", where);
+  if (optional_number(model, "dropout", 0, where) != 0) {
+    bad_tokenizer("BPE dropout", where, "random merges are not supported");
+  }
+  for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
+    if (member(model, key) && !require_string(model, key, where).empty()) {
+      bad_tokenizer(std::string("BPE ") + key, where, "is not supported");
+    }
+  }
+  Bpe bpe;
+  bpe.where_ = where;
+  bpe.byte_level_ = byte_level;
+  bpe.fuse_unk_ = optional_bool(model, "fuse_unk", false, where);
+  bpe.byte_fallback_ = optional_bool(model, "byte_fallback", false, where);
+  bpe.ignore_merges_ = optional_bool(model, "ignore_merges", false, where);
+  bpe.read_vocab(require(model, "vocab", where), added.size());
+  bpe.read_merges(require(model, "merges", where));
+  if (member(model, "unk_token")) {
+    bpe.unk_token_ = require_string(model, "unk_token", where);
+    bpe.unk_ = bpe.id_of(bpe.unk_token_);
+    if (bpe.unk_ < 0) bad_tokenizer("unk_token '" + bpe.unk_token_ + "'", where, "is not in vocab");
+  }
+  bpe.make_byte_table();
+  if (bpe.n_merges_ == 0) bpe.require_merges(added);
+  return bpe;
+}
+
+void Bpe::read_vocab(const Json& json, size_t n_added) {
+  if (!json.is_object() || json.empty()) bad_tokenizer("vocab", where_, "must map tokens to ids");
+  // Ids are dense over vocabulary and added tokens (checked by the caller), so none is larger.
+  const auto bound = static_cast<int64_t>(std::min<size_t>(json.size() + n_added, INT32_MAX));
+  ids_.reserve(json.size());
+  std::vector<bool> taken;
+  std::string bytes;
+  for (const auto& item : json.items()) {
+    const std::string& text = item.key();
+    const Json& value = item.value();
+    int64_t id = -1;
+    if (value.is_number_unsigned() && value.get<uint64_t>() < static_cast<uint64_t>(bound)) {
+      id = value.get<int64_t>();
+    }
+    if (id < 0) {
+      bad_tokenizer("id of vocab entry '" + text + "'", where_,
+                    "must be an integer from 0 to " + std::to_string(bound - 1));
+    }
+    const auto index = static_cast<size_t>(id);
+    if (index >= strings_.size()) {
+      strings_.resize(index + 1);
+      taken.resize(index + 1, false);
+    }
+    if (taken[index]) {
+      bad_tokenizer("vocab id " + std::to_string(id), where_,
+                    "is used by '" + strings_[index] + "' and '" + text + "'");
+    }
+    taken[index] = true;
+    strings_[index] = text;
+    ids_.emplace(text, static_cast<int32_t>(id));
+    if (byte_level_ && ignore_merges_ && letters_to_bytes(text, bytes)) {
+      raw_ids_.emplace(bytes, static_cast<int32_t>(id));
+    }
+  }
+}
+
+void Bpe::read_merges(const Json& json) {
+  if (!json.is_array()) bad_tokenizer("merges", where_, "must be a list");
+  std::vector<std::pair<int32_t, Merge>> all;  // left, rest
+  all.reserve(json.size());
+  std::string joined;
+  for (size_t rank = 0; rank < json.size(); ++rank) {
+    const Json& entry = json[rank];
+    const auto bad = [&](const std::string& why) {
+      bad_tokenizer("merge " + std::to_string(rank), where_, why);
+    };
+    std::string_view left, right;
+    if (entry.is_string()) {  // "a b"
+      const std::string_view text = entry.get_ref<const std::string&>();
+      const size_t space = text.find(' ');
+      if (space == std::string_view::npos || text.find(' ', space + 1) != std::string_view::npos) {
+        bad("must be two tokens with one space between them");
+      }
+      left = text.substr(0, space);
+      right = text.substr(space + 1);
+    } else if (entry.is_array() && entry.size() == 2 && entry[0].is_string() &&
+               entry[1].is_string()) {  // ["a", "b"]
+      left = entry[0].get_ref<const std::string&>();
+      right = entry[1].get_ref<const std::string&>();
+    } else {
+      bad("must be a string or a pair of strings");
+    }
+    joined.assign(left).append(right);
+    int32_t ids[3];
+    const std::string_view texts[3] = {left, right, joined};
+    for (int i = 0; i < 3; ++i) {
+      ids[i] = id_of(texts[i]);
+      if (ids[i] < 0) bad("'" + std::string(texts[i]) + "' is not in vocab");
+    }
+    all.push_back({ids[0], {ids[1], static_cast<int32_t>(rank), ids[2]}});
+  }
+  n_merges_ = static_cast<int64_t>(all.size());
+  // A pair listed twice takes the later rank, as in the reference.
+  std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) {
+    return std::tuple(a.first, a.second.right, -a.second.rank) <
+           std::tuple(b.first, b.second.right, -b.second.rank);
+  });
+  all.erase(std::unique(all.begin(), all.end(),
+                        [](const auto& a, const auto& b) {
+                          return a.first == b.first && a.second.right == b.second.right;
+                        }),
+            all.end());
+  first_merge_.assign(strings_.size() + 1, 0);
+  for (const auto& [left, merge] : all) {
+    ++first_merge_[static_cast<size_t>(left) + 1];
+    merges_.push_back(merge);
+  }
+  for (size_t i = 1; i < first_merge_.size(); ++i) first_merge_[i] += first_merge_[i - 1];
+}
+
+// Without merges a text would silently fall into single characters.
+void Bpe::require_merges(const std::vector<AddedToken>& added) const {
+  std::unordered_set<std::string_view> exempt{unk_token_};
+  for (const AddedToken& token : added) exempt.insert(token.content);
+  for (const std::string& text : strings_) {
+    const bool is_byte = text.size() == 6 && text.compare(0, 3, "<0x") == 0;
+    if (!is_byte && !exempt.count(text) && count_chars(text) > 1) {
+      bad_tokenizer("empty merges", where_, "but vocab has the long token '" + text + "'");
+    }
+  }
+}
+
+void Bpe::make_byte_table() {
+  byte_id_.assign(256, -1);
+  for (unsigned byte = 0; byte < 256; ++byte) {
+    std::string letter;
+    append_utf8(letter, byte_to_letter(static_cast<unsigned char>(byte)));
+    byte_id_[byte] = id_of(byte_level_ ? letter : byte_token(byte));
+    if (byte_level_ && byte_fallback_ && byte_id_[byte] < 0) {
+      // The reference would then fall back on the bytes of the letter, which no model wants.
+      bad_tokenizer("byte_fallback with ByteLevel", where_,
+                    "the letter of byte " + std::to_string(byte) + " is not in vocab");
+    }
+  }
+}
+
+int32_t Bpe::id_of(std::string_view text) const {
+  const auto found = ids_.find(text);
+  return found == ids_.end() ? -1 : found->second;
+}
+
+const Bpe::Merge* Bpe::find_merge(int32_t left, int32_t right) const {
+  const auto begin = merges_.begin() + first_merge_[static_cast<size_t>(left)];
+  const auto end = merges_.begin() + first_merge_[static_cast<size_t>(left) + 1];
+  const auto found = std::lower_bound(
+      begin, end, right, [](const Merge& merge, int32_t value) { return merge.right < value; });
+  return found == end || found->right != right ? nullptr : &*found;
+}
+
+void Bpe::encode(std::string_view piece, Scratch& scratch, std::vector<int32_t>& ids) const {
+  const bool cacheable = piece.size() <= kMaxCachedBytes;
+  if (cacheable) {
+    if (const auto found = scratch.cache.find(piece); found != scratch.cache.end()) {
+      const auto first = scratch.cached_ids.begin() + static_cast<ptrdiff_t>(found->second.begin);
+      ids.insert(ids.end(), first, first + static_cast<ptrdiff_t>(found->second.count));
+      return;
+    }
+  }
+  const size_t begin = ids.size();
+  encode_uncached(piece, scratch, ids);
+  if (cacheable && scratch.cache.size() < kMaxCacheEntries) {
+    scratch.cache.emplace(piece, Scratch::Cached{scratch.cached_ids.size(), ids.size() - begin});
+    scratch.cached_ids.insert(scratch.cached_ids.end(), ids.begin() + static_cast<ptrdiff_t>(begin),
+                              ids.end());
+  }
+}
+
+void Bpe::encode_uncached(std::string_view piece, Scratch& scratch,
+                          std::vector<int32_t>& ids) const {
+  if (ignore_merges_) {
+    const auto& whole = byte_level_ ? raw_ids_ : ids_;
+    if (const auto found = whole.find(piece); found != whole.end()) {
+      ids.push_back(found->second);
+      return;
+    }
+  }
+  if (piece.size() >= static_cast<size_t>(INT32_MAX)) {
+    bad_tokenizer("text", where_, "a piece without a break has 2 GiB or more");
+  }
+  std::vector<int32_t> start;
+  start.reserve(piece.size());
+  byte_level_ ? byte_symbols(piece, start) : char_symbols(piece, start);
+  merge_symbols(start, scratch, ids);
+}
+
+void Bpe::byte_symbols(std::string_view piece, std::vector<int32_t>& ids) const {
+  bool after_unk = false;
+  for (const char c : piece) {
+    const int32_t id = byte_id_[static_cast<unsigned char>(c)];
+    if (id >= 0) {
+      ids.push_back(id);
+      after_unk = false;
+    } else if (unk_ >= 0) {
+      if (!(fuse_unk_ && after_unk)) ids.push_back(unk_);
+      after_unk = true;
+    }
+    // A byte without a token and without unk is dropped, as the reference does. SmolLM2's
+    // vocabulary lacks 21 byte letters; three of them occur in valid UTF-8.
+  }
+}
+
+void Bpe::char_symbols(std::string_view piece, std::vector<int32_t>& ids) const {
+  // The reference holds an unknown character back until the next known one, and does not count a
+  // byte fallback as known: the unk then stands behind the bytes.
+  bool pending = false;
+  for (size_t i = 0; i < piece.size();) {
+    const size_t length = utf8_at(piece, i).length;
+    const std::string_view text = piece.substr(i, length);
+    i += length;
+    const int32_t id = id_of(text);
+    if (id >= 0) {
+      if (pending) ids.push_back(unk_);
+      pending = false;
+      ids.push_back(id);
+      continue;
+    }
+    const auto byte_known = [&](char c) { return byte_id_[static_cast<unsigned char>(c)] >= 0; };
+    if (byte_fallback_ && std::all_of(text.begin(), text.end(), byte_known)) {
+      for (const char c : text) ids.push_back(byte_id_[static_cast<unsigned char>(c)]);
+      continue;
+    }
+    if (unk_ < 0) continue;
+    if (pending && !fuse_unk_) ids.push_back(unk_);
+    pending = true;
+  }
+  if (pending) ids.push_back(unk_);
+}
+
+void Bpe::merge_symbols(const std::vector<int32_t>& start, Scratch& scratch,
+                        std::vector<int32_t>& ids) const {
+  auto& symbols = scratch.symbols;
+  auto& heap = scratch.heap;
+  symbols.clear();
+  heap.clear();
+  const auto n = static_cast<int32_t>(start.size());
+  for (int32_t i = 0; i < n; ++i) {
+    symbols.push_back({start[static_cast<size_t>(i)], i - 1, i + 1 < n ? i + 1 : -1});
+  }
+  const auto symbol = [&](int32_t i) -> Scratch::Symbol& {
+    return symbols[static_cast<size_t>(i)];
+  };
+  // Lowest rank first, then leftmost.
+  const auto later = [](const Scratch::Candidate& a, const Scratch::Candidate& b) {
+    return a.rank != b.rank ? a.rank > b.rank : a.position > b.position;
+  };
+  const auto consider = [&](int32_t left) {
+    if (const Merge* merge = find_merge(symbol(left).id, symbol(symbol(left).next).id)) {
+      heap.push_back({merge->rank, left, merge->merged});
+      return true;
+    }
+    return false;
+  };
+  for (int32_t i = 0; i + 1 < n; ++i) consider(i);
+  std::make_heap(heap.begin(), heap.end(), later);
+  while (!heap.empty()) {
+    const Scratch::Candidate best = heap.front();
+    std::pop_heap(heap.begin(), heap.end(), later);
+    heap.pop_back();
+    Scratch::Symbol& left = symbol(best.position);
+    if (left.id < 0 || left.next < 0) continue;  // merged away meanwhile
+    Scratch::Symbol& right = symbol(left.next);
+    const Merge* merge = find_merge(left.id, right.id);
+    if (!merge || merge->merged != best.merged) continue;  // another pair stands here now
+    left.id = merge->merged;
+    left.next = right.next;
+    right.id = -1;
+    if (left.next >= 0) symbol(left.next).previous = best.position;
+    if (left.previous >= 0 && consider(left.previous)) {
+      std::push_heap(heap.begin(), heap.end(), later);
+    }
+    if (left.next >= 0 && consider(best.position)) std::push_heap(heap.begin(), heap.end(), later);
+  }
+  for (int32_t i = 0; i < n; ++i) {
+    if (symbol(i).id >= 0) ids.push_back(symbol(i).id);
+  }
+}
+
+}  // namespace tq
