@@ -1,0 +1,66 @@
+// calibrate - hidden states of calibration text, moved through the model one layer at a time.
+//
+// One layer is in memory at a time; what stays is the residual stream of all tokens. The layers run
+// unrounded: every layer sees the inputs of the full-precision model in the chosen basis (one
+// stream; correcting each layer against errors of the ones before over-fits small samples).
+// Not here: tokenisation (tools/cmd_quantize.cpp). Read next: pipeline.h.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "model/forward.h"
+#include "quant/gptq.h"
+
+namespace tq {
+
+/// Windows of equal length, cut from a tokenised text.
+struct Calibration {
+  std::vector<std::vector<int32_t>> samples;
+  uint64_t hash = 0;  // of all ids
+  int64_t n_tokens() const;
+};
+
+/// Up to `n_samples` windows of `length` tokens that do not overlap, spread evenly over the text.
+/// Throws kBadData when the text is shorter than one window or an id is outside the vocabulary;
+/// `where` names the text.
+Calibration cut_samples(const std::vector<int32_t>& ids, int64_t n_samples, int64_t length,
+                        int64_t vocab_size, const std::string& where);
+
+/// The text used without --calib: addresses of US presidents, public domain, 290 kB.
+std::string_view builtin_calibration_text();
+
+/// Second moments at the four sites of a layer, by Site.
+struct LayerGrams {
+  explicit LayerGrams(const Config& config);
+  Gram& at(Site site) { return *grams[static_cast<size_t>(site)]; }
+  std::unique_ptr<Gram> grams[4];
+};
+
+class CalibrationStream {
+ public:
+  /// Embeds all samples. `residual` is the basis of the stream. References must outlive this.
+  CalibrationStream(const Model& model, const Calibration& calibration, const Transform& residual,
+                    Backend& backend, int threads);
+
+  /// Moves the stream through `layer`. grams: filled with the inputs of its linears, after the
+  /// linears' own transforms; null to only move on. `stop` is asked between samples and throws to
+  /// abandon the layer.
+  void run_layer(const Layer& layer, LayerGrams* grams, const std::function<void()>& stop);
+
+ private:
+  Backend& backend_;
+  Config config_;  // of a model with one layer: one layer's cache
+  int threads_;
+  int64_t length_;
+  RopeTable rope_;
+  std::vector<float> hidden_;  // [n_samples * length, dim]
+  std::vector<float> host_;    // [length, widest site]
+  Activations acts_;
+  BufferPtr scratch_;  // [length, hidden_dim], for the transform before w_down
+};
+
+}  // namespace tq

@@ -1,0 +1,150 @@
+// options - presets, contradictions, and the storage plan of a layer. See options.h.
+#include "quant/options.h"
+
+#include <algorithm>
+#include <regex>
+
+#include "model/error.h"
+
+namespace tq {
+namespace {
+
+struct Preset {
+  const char* name;
+  Basis basis;
+  RoundingKind rounding;
+  int64_t rank;
+};
+
+constexpr Preset kPresets[] = {
+    {"none", Basis::kNone, RoundingKind::kStore, 0},
+    {"rtn", Basis::kNone, RoundingKind::kNearest, 0},
+    {"gptq", Basis::kNone, RoundingKind::kGptq, 0},         // Frantar et al. 2023
+    {"quarot", Basis::kHadamard, RoundingKind::kGptq, 0},   // Ashkboos et al. 2024
+    {"svdquant", Basis::kNone, RoundingKind::kNearest, 32}  // Li et al. 2025
+};
+
+[[noreturn]] void usage(const std::string& why, const std::string& hint = "") {
+  throw Error(ErrorKind::kUsage, "usage", "tq quantize", why, hint);
+}
+
+uint64_t matrix_bytes(int64_t rows, int64_t cols, int bits, int64_t group) {
+  const uint64_t row_bytes = static_cast<uint64_t>((cols * bits + 7) / 8);
+  const uint64_t n_groups = bits < 16 ? static_cast<uint64_t>((cols + group - 1) / group) : 0;
+  return static_cast<uint64_t>(rows) * (row_bytes + 2 * n_groups);
+}
+
+}  // namespace
+
+std::string method_names() {
+  std::string names;
+  for (const Preset& preset : kPresets) names += (names.empty() ? "" : ", ") + std::string(preset.name);
+  return names;
+}
+
+QuantizeOptions method_preset(const std::string& method) {
+  for (const Preset& preset : kPresets) {
+    if (method != preset.name) continue;
+    QuantizeOptions options;
+    options.method = method;
+    options.basis = preset.basis;
+    options.rounding = preset.rounding;
+    options.rank = preset.rank;
+    if (preset.rounding == RoundingKind::kStore) options.bits_w = options.bits_a = 16;
+    return options;
+  }
+  usage("--method " + method + " does not exist", "methods: " + method_names());
+}
+
+void check_options(const QuantizeOptions& options, const Config& config) {
+  const bool rounds = options.rounding != RoundingKind::kStore;
+  if (rounds != (options.bits_w < 16)) {
+    usage("--bits-w " + std::to_string(options.bits_w) + " contradicts --method " + options.method);
+  }
+  if (options.copies_weights() && options.bits_w == 32) {
+    usage("--bits-w 32 contradicts --method none", "it stores 16 bits");
+  }
+  if (options.copies_weights() && options.bits_a != 16) {
+    usage("--bits-a " + std::to_string(options.bits_a) + " contradicts --method none",
+          "it rounds nothing");
+  }
+  if (options.rank > 0 && !rounds) usage("--rank has no effect when weights are not rounded");
+  const int64_t smallest =
+      std::min({config.dim, config.hidden_dim, config.q_dim(), config.kv_dim()});
+  if (options.rank > smallest) {
+    usage("--rank " + std::to_string(options.rank) + " exceeds the smallest side of a weight",
+          "at most " + std::to_string(smallest) + " for this model");
+  }
+  if (config.tied && options.embed_bits != options.head_bits) {
+    usage("--embed-bits " + std::to_string(options.embed_bits) + " contradicts --head-bits " +
+              std::to_string(options.head_bits),
+          "this model's head is its embedding, stored once");
+  }
+  if (options.needs_calibration() && options.calib_length > config.max_seq_len) {
+    usage("--calib-length " + std::to_string(options.calib_length) + " exceeds the model's context",
+          "at most " + std::to_string(config.max_seq_len));
+  }
+}
+
+Json describe_options(const QuantizeOptions& options) {
+  Json json;
+  json["method"] = options.method;
+  json["basis"] = options.basis == Basis::kHadamard ? "hadamard" : "none";
+  json["rounding"] = options.rounding == RoundingKind::kGptq      ? "gptq"
+                     : options.rounding == RoundingKind::kNearest ? "rtn"
+                                                                  : "none";
+  json["bits_w"] = options.bits_w;
+  json["bits_a"] = options.bits_a;
+  json["group"] = options.group;
+  json["rank"] = options.rank;
+  if (options.rank > 0) json["branch_bits"] = options.branch_bits;
+  json["embed_bits"] = options.embed_bits;
+  json["head_bits"] = options.head_bits;
+  json["keep"] = options.keep;
+  json["seed"] = options.seed;
+  if (options.needs_calibration()) {
+    json["calib_samples"] = options.calib_samples;
+    json["calib_length"] = options.calib_length;
+  }
+  return json;
+}
+
+std::vector<LinearPlan> plan_layer(const QuantizeOptions& options, const Config& config,
+                                   int64_t layer) {
+  const int64_t shapes[kNLinears][2] = {
+      {config.q_dim(), config.dim},      {config.kv_dim(), config.dim}, {config.kv_dim(), config.dim},
+      {config.dim, config.q_dim()},      {config.hidden_dim, config.dim},
+      {config.hidden_dim, config.dim}, {config.dim, config.hidden_dim}};
+  std::vector<LinearPlan> plan;
+  for (int i = 0; i < kNLinears; ++i) {
+    LinearPlan linear;
+    linear.name = "layers." + std::to_string(layer) + "." + kLayerLinears[i].name;
+    linear.out = shapes[i][0];
+    linear.in = shapes[i][1];
+    for (const std::string& pattern : options.keep) {
+      try {
+        if (std::regex_search(linear.name, std::regex(pattern))) linear.keep = true;
+      } catch (const std::regex_error& error) {
+        usage("--keep " + pattern + " is not a regular expression", error.what());
+      }
+    }
+    plan.push_back(linear);
+  }
+  const bool keep_qkv = plan[kWq].keep || plan[kWk].keep || plan[kWv].keep;
+  for (LinearIndex index : {kWq, kWk, kWv}) plan[index].keep = keep_qkv;
+  const bool keep_ffn = plan[kWGate].keep || plan[kWUp].keep;
+  for (LinearIndex index : {kWGate, kWUp}) plan[index].keep = keep_ffn;
+  return plan;
+}
+
+uint64_t linear_bytes(const QuantizeOptions& options, const LinearPlan& plan) {
+  if (plan.keep) return matrix_bytes(plan.out, plan.in, 16, 0);
+  uint64_t bytes = matrix_bytes(plan.out, plan.in, options.bits_w, options.group);
+  if (options.rank > 0) {
+    bytes += matrix_bytes(options.rank, plan.in, options.branch_bits, options.group);
+    bytes += matrix_bytes(plan.out, options.rank, options.branch_bits, options.group);
+  }
+  return bytes;
+}
+
+}  // namespace tq

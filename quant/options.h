@@ -1,0 +1,68 @@
+// options - what `tq quantize` can do: three independent parts, and methods as presets of them.
+//
+//   basis          none | hadamard        (rotation.h)
+//   decomposition  none | low-rank branch (decompose.h)
+//   rounding       store | nearest | gptq (rounding.h)
+// A method of the literature is one choice of the three, so that what a comparison changes is
+// exactly one of them. Read next: pipeline.h.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "model/config.h"
+#include "model/json.h"
+#include "quant/owned.h"
+
+namespace tq {
+
+enum class Basis { kNone, kHadamard };
+enum class RoundingKind { kStore, kNearest, kGptq };
+
+struct QuantizeOptions {
+  std::string method;  // preset that the parts below started from
+  Basis basis = Basis::kNone;
+  RoundingKind rounding = RoundingKind::kNearest;
+  int64_t rank = 0;      // of the low-rank branch, 0 = none
+  int branch_bits = 16;  // of its factors: 16, 8 or 4
+  int bits_w = 4;        // 4 or 8; 16 and 32 store the weights of the chosen basis unrounded
+  int bits_a = 8;        // inputs of the linears at run time: 4, 8, or 16 (not rounded)
+  int64_t group = 64;    // columns per scale, weights and activations: 32, 64 or 128
+  int embed_bits = 16, head_bits = 16;  // equal for tied embeddings: the file holds one table
+  std::vector<std::string> keep;  // regular expressions of linears to keep at 16 bits
+  uint64_t seed = 0;
+  int64_t calib_samples = 64, calib_length = 512;
+  int threads = 1;
+
+  bool needs_calibration() const { return rounding == RoundingKind::kGptq; }
+  /// A 16-bit copy of the source: nothing is transformed or rounded.
+  bool copies_weights() const {
+    return rounding == RoundingKind::kStore && basis == Basis::kNone && rank == 0;
+  }
+};
+
+/// Names of the methods that exist, "none, rtn, ...".
+std::string method_names();
+/// Defaults of a method. Throws kUsage for an unknown name.
+QuantizeOptions method_preset(const std::string& method);
+/// Throws kUsage when options contradict each other or the model (rank over a dimension, ...).
+void check_options(const QuantizeOptions& options, const Config& config);
+/// The options that decide the bytes of the file, for its header and for resuming. No paths.
+Json describe_options(const QuantizeOptions& options);
+
+/// How one linear is stored.
+struct LinearPlan {
+  std::string name;  // "layers.0.wq"
+  int64_t out = 0, in = 0;
+  bool keep = false;
+};
+/// Linears of one layer. `keep` spreads over linears that share an input (q, k, v; gate, up): a
+/// shared input is rounded once, or not at all. Throws kUsage for an invalid expression.
+std::vector<LinearPlan> plan_layer(const QuantizeOptions& options, const Config& config,
+                                   int64_t layer);
+
+/// Bytes of one linear in the file (weight, scales and branch).
+uint64_t linear_bytes(const QuantizeOptions& options, const LinearPlan& plan);
+
+}  // namespace tq

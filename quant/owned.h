@@ -1,0 +1,82 @@
+// owned - matrices, linears and layers that own their bytes: what the quantizer produces.
+//
+// The layout is that of model/weights.h; view() gives the non-owning type that the writer and the
+// forward pass read. Not here: how the codes are found (rounding.h). Read next: rounding.h.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "model/weights.h"
+
+namespace tq {
+
+/// Position of a linear in kLayerLinears: q, k, v, o, gate, up, down.
+enum LinearIndex { kWq, kWk, kWv, kWo, kWGate, kWUp, kWDown, kNLinears };
+
+/// A matrix in the file's layout that owns its elements or codes.
+struct OwnedMatrix {
+  Storage storage = Storage::kF32;
+  int64_t rows = 0, cols = 0, group = 0;
+  std::vector<std::byte> data;
+  std::vector<uint16_t> scales;
+
+  Matrix view() const;  // valid while *this lives and is not moved
+  size_t n_bytes() const { return data.size() + 2 * scales.size(); }
+};
+
+struct OwnedLinear {
+  OwnedMatrix weight;
+  std::optional<OwnedMatrix> branch_a, branch_b;
+  Transform input;
+  ActQuant act;
+
+  Linear view() const;
+  size_t n_bytes() const;
+};
+
+/// One quantized layer, ready to be written.
+struct OwnedLayer {
+  std::vector<float> attn_norm, ffn_norm, q_norm, k_norm;
+  std::array<OwnedLinear, kNLinears> linears;
+
+  Layer view() const;
+};
+
+/// A full-precision matrix [rows, cols] in f32, row-major.
+struct FloatMatrix {
+  int64_t rows = 0, cols = 0;
+  std::vector<float> data;
+
+  float* row(int64_t index) { return data.data() + index * cols; }
+  const float* row(int64_t index) const { return data.data() + index * cols; }
+  int64_t size() const { return rows * cols; }
+};
+
+/// One layer of the source model in f32, in whatever basis it was folded into.
+struct FloatLayer {
+  std::vector<float> attn_norm, ffn_norm, q_norm, k_norm;
+  std::array<FloatMatrix, kNLinears> linears;
+  Transform down_input;  // online transform before w_down; its weight is already folded
+
+  /// As the forward pass wants it, nothing rounded. Views into *this.
+  Layer view() const;
+};
+
+/// Copies layer `index` of a model out of its mapping, converted to f32 (exact).
+FloatLayer load_float_layer(const Model& model, int64_t index, int threads);
+
+/// The matrix of a packed or dense view, in f32.
+FloatMatrix to_float_matrix(const Matrix& matrix);
+
+/// Stores f32 values densely as kF32, kF16 or kBF16 (round to nearest even).
+OwnedMatrix store_dense(std::span<const float> values, int64_t rows, int64_t cols,
+                        Storage storage);
+
+/// kF16 where every value stays finite in it, else kBF16: f16 has three more mantissa bits, bf16
+/// the range of f32.
+Storage choose_16_bit(std::span<const float> values);
+
+}  // namespace tq

@@ -1,0 +1,277 @@
+// pipeline - the loop over layers. See pipeline.h; read Pipeline::run() first.
+#include "quant/pipeline.h"
+
+#include <xxhash.h>
+
+#include <cstdio>
+#include <optional>
+
+#include "model/error.h"
+#include "model/tq_file.h"
+#include "quant/quantize_layer.h"
+#include "quant/resume.h"
+#include "quant/rounding.h"
+
+namespace tq {
+namespace {
+
+std::string hex(uint64_t value) {
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
+// What the results of a layer depend on. A field more is safe, a field less is a wrong file.
+Json make_fingerprint(const Model& source, const QuantizeOptions& options,
+                      const Calibration* calibration, uint64_t weights_hash) {
+  Json json;
+  json["format"] = kTqFormatVersion;
+  json["weights"] = hex(weights_hash);
+  json["config"] = hex(XXH3_64bits(source.texts.config.data(), source.texts.config.size()));
+  const Json described = describe_options(options);
+  for (const auto& item : described.items()) json[item.key()] = item.value();
+  if (calibration) json["calibration"] = hex(calibration->hash);
+  return json;
+}
+
+// Embedding or head: the source's own 16 bits, or rounded to nearest.
+struct Table {
+  Table(const Matrix& source, int bits, const QuantizeOptions& options) {
+    if (bits < 16) {
+      owned = round_matrix(to_float_matrix(source), {bits, options.group}, nullptr, options.threads)
+                  .matrix;
+    } else if (source.storage == Storage::kF32) {
+      const FloatMatrix values = to_float_matrix(source);
+      owned = store_dense(values.data, values.rows, values.cols, choose_16_bit(values.data));
+    } else {
+      matrix = source;
+      return;
+    }
+    matrix = owned.view();
+  }
+  Table(const Table&) = delete;
+  OwnedMatrix owned;  // empty when the source's bytes are used as they are
+  Matrix matrix;
+};
+
+class Pipeline {
+ public:
+  Pipeline(const Model& source, const QuantizeOptions& options, const QuantizeHooks& hooks,
+           const std::string& output)
+      : source_(source),
+        options_(options),
+        hooks_(hooks),
+        basis_(options, source.config),
+        store_(output),
+        writer_(output) {}
+
+  QuantizeResult run(const Calibration* calibration, const Json& fingerprint, Backend& backend,
+                     bool resume) {
+    TQ_CHECK(calibration || !options_.needs_calibration());
+    note(basis_.fallback_note(source_.config));
+    if (calibration) prepare_store(fingerprint, resume);
+    write_tables();
+    std::optional<CalibrationStream> stream;
+    const Config& config = source_.config;
+    int64_t pending = 0;  // layers whose results are known but which the stream has not passed
+    for (int64_t layer = 0; layer < config.n_layers; ++layer) {
+      if (options_.copies_weights()) {
+        copy_layer(layer);
+      } else if (!take_finished(layer)) {
+        if (calibration && !stream) {
+          step(layer, "embedding");
+          stream.emplace(source_, *calibration, basis_.residual.transform, backend,
+                         options_.threads);
+        }
+        for (; stream && pending < layer; ++pending) {
+          step(pending, "replaying");
+          stream->run_layer(folded(pending).view(), nullptr, [&] { check_interrupted(); });
+        }
+        work_on_layer(layer, stream ? &*stream : nullptr);
+        pending = layer + 1;
+      }
+      release_layer(layer);
+      step(layer, "");
+    }
+    finish(calibration);
+    return std::move(result_);
+  }
+
+ private:
+  void note(const std::string& sentence) const {
+    if (hooks_.note && !sentence.empty()) hooks_.note(sentence);
+  }
+  void step(int64_t layer, const char* name) const {
+    if (hooks_.progress) hooks_.progress(layer, source_.config.n_layers, name);
+  }
+  void check_interrupted() const {
+    if (!hooks_.interrupted || !hooks_.interrupted()) return;
+    throw Error(ErrorKind::kInterrupted, "interrupted", "tq quantize",
+                keeps_results_ ? "finished layers are kept in " + store_.folder()
+                               : "nothing was written",
+                keeps_results_ ? "continue with --resume" : "");
+  }
+
+  void prepare_store(const Json& fingerprint, bool resume) {
+    keeps_results_ = true;
+    if (resume && store_.exists()) {
+      store_.check(fingerprint);
+      resuming_ = true;
+      return;
+    }
+    if (resume) note("nothing to resume in " + store_.folder() + ", starting from the beginning");
+    if (!resume && store_.exists()) {
+      note("discarding the unfinished work in " + store_.folder() + " (--resume would use it)");
+    }
+    store_.create(fingerprint);
+  }
+
+  void write_tables() {
+    if (basis_.residual.transform.active()) writer_.add_residual_basis(basis_.residual.transform);
+    const Table table(source_.tok_embed, options_.embed_bits, options_);
+    writer_.add_table(table.matrix);
+    Linear head;
+    // The head reads 8-bit activations when it is packed itself: their error is far below that of
+    // its weights, and integer arithmetic needs them.
+    head.act.bits = options_.head_bits < 16 && options_.bits_a < 16 ? 8 : 16;
+    head.act.group = options_.group;
+    if (source_.config.tied) {
+      head.weight = table.matrix;
+      writer_.add_linear("lm_head", head, true);
+    } else {
+      const Table head_table(source_.lm_head.weight, options_.head_bits, options_);
+      head.weight = head_table.matrix;
+      writer_.add_linear("lm_head", head);
+    }
+    writer_.add_f32("final_norm", source_.final_norm);
+    if (hooks_.done_with) {
+      hooks_.done_with(source_.tok_embed);
+      if (!source_.config.tied) hooks_.done_with(source_.lm_head.weight);
+    }
+  }
+
+  FloatLayer folded(int64_t layer) const { return fold_layer(source_, layer, options_, basis_); }
+
+  bool take_finished(int64_t layer) {
+    if (!resuming_) return false;
+    check_interrupted();
+    std::optional<QuantizedLayer> finished = store_.load(layer, basis_.down.transform);
+    if (!finished) return false;
+    ++result_.n_resumed;
+    write_layer(layer, *finished);
+    return true;
+  }
+
+  void work_on_layer(int64_t layer, CalibrationStream* stream) {
+    const auto stop = [&] { check_interrupted(); };
+    stop();
+    const FloatLayer folded_layer = folded(layer);
+    std::optional<LayerGrams> grams;
+    if (stream) {
+      step(layer, "calibrating");
+      grams.emplace(source_.config);
+      stream->run_layer(folded_layer.view(), &*grams, stop);
+    }
+    step(layer, "rounding");
+    const QuantizedLayer quantized = quantize_layer(folded_layer, layer, options_, source_.config,
+                                                    grams ? &*grams : nullptr, stop);
+    if (keeps_results_) store_.save(layer, quantized);
+    write_layer(layer, quantized);
+  }
+
+  void write_layer(int64_t layer, const QuantizedLayer& quantized) {
+    write_norms(layer, quantized.layer.view());
+    for (int i = 0; i < kNLinears; ++i) {
+      const OwnedLinear& linear = quantized.layer.linears[static_cast<size_t>(i)];
+      writer_.add_linear(quantized.reports[static_cast<size_t>(i)].name, linear.view());
+      linear_bytes_ += linear.n_bytes();
+      n_weights_ += linear.weight.rows * linear.weight.cols;
+      result_.linears.push_back(quantized.reports[static_cast<size_t>(i)]);
+    }
+  }
+
+  void write_norms(int64_t layer, const Layer& norms) {
+    const std::string prefix = "layers." + std::to_string(layer) + ".";
+    writer_.add_f32(prefix + "attn_norm", norms.attn_norm);
+    writer_.add_f32(prefix + "ffn_norm", norms.ffn_norm);
+    if (!norms.q_norm.empty()) writer_.add_f32(prefix + "q_norm", norms.q_norm);
+    if (!norms.k_norm.empty()) writer_.add_f32(prefix + "k_norm", norms.k_norm);
+  }
+
+  // Method none: 16-bit sources keep their bytes, f32 sources become f16 where that is finite.
+  void copy_layer(int64_t layer) {
+    check_interrupted();
+    const Layer& from = source_.layers[static_cast<size_t>(layer)];
+    write_norms(layer, from);
+    for (const LinearPlan& plan : plan_layer(options_, source_.config, layer)) {
+      const size_t index = result_.linears.size() % kNLinears;
+      const Matrix& weight = (from.*kLayerLinears[index].member).weight;
+      const Table stored(weight, 16, options_);
+      Linear linear;
+      linear.weight = stored.matrix;
+      writer_.add_linear(plan.name, linear);
+      linear_bytes_ += stored.matrix.data_bytes();
+      n_weights_ += weight.rows * weight.cols;
+      LinearReport report;
+      report.name = plan.name;
+      report.out = plan.out;
+      report.in = plan.in;
+      report.bits_per_weight = 16;
+      report.weight_snr_db = INFINITY;
+      if (weight.storage == Storage::kF32) {
+        OwnedLinear copy;
+        copy.weight = stored.owned;
+        report = measure_linear(plan.name, to_float_matrix(weight), copy, 0, nullptr, 1);
+      }
+      result_.linears.push_back(report);
+    }
+  }
+
+  void release_layer(int64_t layer) const {
+    if (!hooks_.done_with) return;
+    for (const NamedLinear& linear : kLayerLinears) {
+      hooks_.done_with((source_.layers[static_cast<size_t>(layer)].*linear.member).weight);
+    }
+  }
+
+  void finish(const Calibration* calibration) {
+    check_interrupted();
+    result_.bits_per_weight =
+        8.0 * static_cast<double>(linear_bytes_) / static_cast<double>(n_weights_);
+    result_.quantization = describe_options(options_);
+    if (calibration) {
+      result_.quantization["calib_samples"] = calibration->samples.size();
+      result_.quantization["calib_hash"] = hex(calibration->hash);
+    }
+    result_.quantization["bits_per_weight"] = result_.bits_per_weight;
+    writer_.finish(source_.texts, result_.quantization);
+    result_.file_bytes = writer_.bytes_written();
+    if (keeps_results_) store_.remove();
+  }
+
+  const Model& source_;
+  const QuantizeOptions& options_;
+  const QuantizeHooks& hooks_;
+  ModelBasis basis_;
+  ResumeStore store_;
+  TqWriter writer_;
+  QuantizeResult result_;
+  bool keeps_results_ = false, resuming_ = false;
+  uint64_t linear_bytes_ = 0;
+  int64_t n_weights_ = 0;
+};
+
+}  // namespace
+
+QuantizeResult quantize_model(const Model& source, const QuantizeOptions& options,
+                              const Calibration* calibration, uint64_t weights_hash,
+                              Backend& backend, const std::string& output, bool resume,
+                              const QuantizeHooks& hooks) {
+  if (!options.needs_calibration()) calibration = nullptr;
+  Pipeline pipeline(source, options, hooks, output);
+  return pipeline.run(calibration,
+                      make_fingerprint(source, options, calibration, weights_hash), backend,
+                      resume);
+}
+
+}  // namespace tq

@@ -1,0 +1,47 @@
+// pipeline - a whole model, layer by layer, into one .tq file.
+//
+// For each layer: load in f32 -> fold into the basis -> (calibrate) -> round -> write. One layer is
+// in memory at a time. Everything here is independent of the number of threads: same input, options
+// and seed give the same bytes. Read pipeline.cpp, then quantize_layer.h.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "model/backend.h"
+#include "quant/calibrate.h"
+#include "quant/distortion.h"
+#include "quant/options.h"
+
+namespace tq {
+
+/// What the caller wants to hear, and may refuse. All optional.
+struct QuantizeHooks {
+  std::function<void(const std::string& sentence)> note;
+  /// A step of layer `layer` of `n_layers` begins; "" when the layer is done.
+  std::function<void(int64_t layer, int64_t n_layers, const char* step)> progress;
+  /// True ends the work with Error(kInterrupted) within one calibration sample or linear.
+  std::function<bool()> interrupted;
+  /// A matrix of the source will not be read again soon (drop its mapped pages).
+  std::function<void(const Matrix&)> done_with;
+};
+
+struct QuantizeResult {
+  std::vector<LinearReport> linears;
+  uint64_t file_bytes = 0;
+  double bits_per_weight = 0;  // of all linears
+  int64_t n_resumed = 0;       // layers taken from an interrupted run
+  Json quantization;           // as stored in the file
+};
+
+/// Quantizes `source` into `output`. calibration: required when options.needs_calibration(). The
+/// results of finished layers are kept in output + ".resume" until the file is complete; with
+/// `resume` they are used again, after a check that model, options and calibration are the same.
+/// weights_hash: scan_weights(source). Preflight checks are the caller's (preflight.h).
+QuantizeResult quantize_model(const Model& source, const QuantizeOptions& options,
+                              const Calibration* calibration, uint64_t weights_hash,
+                              Backend& backend, const std::string& output, bool resume,
+                              const QuantizeHooks& hooks);
+
+}  // namespace tq

@@ -1,0 +1,221 @@
+// resume - reading and writing of finished layers. See resume.h.
+#include "quant/resume.h"
+
+#include <xxhash.h>
+
+#include <cstdio>
+#include <filesystem>
+
+#include "model/atomic_file.h"
+#include "model/error.h"
+
+namespace tq {
+namespace {
+
+constexpr char kMagic[8] = {'T', 'Q', 'L', 'A', 'Y', 'E', 'R', '1'};
+constexpr size_t kMaxFingerprintBytes = 16u << 20;
+
+class LayerWriter {
+ public:
+  void append(const void* data, size_t bytes) {
+    arrays_.append(static_cast<const char*>(data), bytes);
+  }
+  Json vector(const std::vector<float>& values) {
+    append(values.data(), values.size() * sizeof(float));
+    return values.size();
+  }
+  Json matrix(const OwnedMatrix& m) {
+    append(m.data.data(), m.data.size());
+    append(m.scales.data(), m.scales.size() * 2);
+    return {static_cast<int>(m.storage), m.rows, m.cols, m.group};
+  }
+  const std::string& arrays() const { return arrays_; }
+
+ private:
+  std::string arrays_;
+};
+
+class LayerReader {
+ public:
+  LayerReader(const std::string& path, std::string_view arrays) : path_(path), rest_(arrays) {}
+
+  void take(void* out, size_t bytes) {
+    if (bytes > rest_.size()) damaged("it ends early");
+    std::memcpy(out, rest_.data(), bytes);
+    rest_.remove_prefix(bytes);
+  }
+  std::vector<float> vector(const Json& size) {
+    const size_t count = size.get<size_t>();
+    if (count > rest_.size() / sizeof(float)) damaged("it ends early");
+    std::vector<float> values(count);
+    take(values.data(), count * sizeof(float));
+    return values;
+  }
+  OwnedMatrix matrix(const Json& json) {
+    OwnedMatrix m;
+    m.storage = static_cast<Storage>(json.at(0).get<int>());
+    m.rows = json.at(1).get<int64_t>();
+    m.cols = json.at(2).get<int64_t>();
+    m.group = json.at(3).get<int64_t>();
+    if (m.rows < 0 || m.cols < 0 || m.group < 0 || m.rows > INT32_MAX || m.cols > INT32_MAX ||
+        m.view().data_bytes() > rest_.size()) {
+      damaged("a matrix does not fit");
+    }
+    m.data.resize(m.view().data_bytes());
+    take(m.data.data(), m.data.size());
+    if (m.view().scale_bytes() > rest_.size()) damaged("a matrix does not fit");
+    m.scales.resize(m.view().scale_bytes() / 2);
+    take(m.scales.data(), m.scales.size() * 2);
+    return m;
+  }
+  [[noreturn]] void damaged(const std::string& why) const {
+    throw Error(ErrorKind::kBadData, "resume data is damaged", path_, why,
+                "start again without --resume");
+  }
+
+ private:
+  const std::string& path_;
+  std::string_view rest_;
+};
+
+Json write_linear(LayerWriter& writer, const OwnedLinear& linear) {
+  Json json;
+  json["weight"] = writer.matrix(linear.weight);
+  if (linear.branch_a) {
+    json["branch_a"] = writer.matrix(*linear.branch_a);
+    json["branch_b"] = writer.matrix(*linear.branch_b);
+  }
+  json["transformed"] = linear.input.active();
+  json["act"] = {linear.act.bits, linear.act.group, linear.act.clip};
+  return json;
+}
+
+OwnedLinear read_linear(LayerReader& reader, const Json& json, const Transform& down) {
+  OwnedLinear linear;
+  linear.weight = reader.matrix(json.at("weight"));
+  if (json.contains("branch_a")) {
+    linear.branch_a = reader.matrix(json.at("branch_a"));
+    linear.branch_b = reader.matrix(json.at("branch_b"));
+  }
+  if (json.at("transformed").get<bool>()) linear.input = down;
+  linear.act.bits = json.at("act").at(0).get<int>();
+  linear.act.group = json.at("act").at(1).get<int64_t>();
+  linear.act.clip = json.at("act").at(2).get<float>();
+  return linear;
+}
+
+QuantizedLayer read_layer(const Json& json, LayerReader& reader, const Transform& down) {
+  QuantizedLayer result;
+  result.layer.attn_norm = reader.vector(json.at("attn_norm"));
+  result.layer.ffn_norm = reader.vector(json.at("ffn_norm"));
+  result.layer.q_norm = reader.vector(json.at("q_norm"));
+  result.layer.k_norm = reader.vector(json.at("k_norm"));
+  for (int i = 0; i < kNLinears; ++i) {
+    const size_t index = static_cast<size_t>(i);
+    result.layer.linears[index] = read_linear(reader, json.at("linears").at(index), down);
+    result.reports.push_back(report_from_json(json.at("reports").at(index)));
+  }
+  return result;
+}
+
+}  // namespace
+
+ResumeStore::ResumeStore(const std::string& output) : folder_(output + ".resume") {}
+
+bool ResumeStore::exists() const { return std::filesystem::exists(folder_ + "/fingerprint.json"); }
+
+void ResumeStore::check(const Json& fingerprint) const {
+  const std::string path = folder_ + "/fingerprint.json";
+  const Json stored = parse_json(read_text_file(path, kMaxFingerprintBytes), path);
+  const auto mismatch = [&](const std::string& field) {
+    throw Error(ErrorKind::kBadData, "resume data does not match: " + field, folder_,
+                "it was made with another model, other options or another calibration text",
+                "run with the original options, or without --resume to start again");
+  };
+  for (const auto& item : fingerprint.items()) {
+    if (!stored.contains(item.key()) || stored.at(item.key()) != item.value()) mismatch(item.key());
+  }
+  for (const auto& item : stored.items()) {
+    if (!fingerprint.contains(item.key())) mismatch(item.key());
+  }
+}
+
+void ResumeStore::create(const Json& fingerprint) {
+  remove();
+  std::error_code failure;
+  std::filesystem::create_directory(folder_, failure);
+  if (failure) {
+    throw Error(ErrorKind::kIo, "cannot create folder", folder_, failure.message());
+  }
+  write_text_file(folder_ + "/fingerprint.json", fingerprint.dump(2) + "\n");
+}
+
+std::string ResumeStore::layer_path(int64_t layer) const {
+  char name[32];
+  std::snprintf(name, sizeof name, "/layer-%05d.bin", static_cast<int>(layer));
+  return folder_ + name;
+}
+
+void ResumeStore::save(int64_t layer, const QuantizedLayer& result) const {
+  LayerWriter writer;
+  Json json;
+  json["attn_norm"] = writer.vector(result.layer.attn_norm);
+  json["ffn_norm"] = writer.vector(result.layer.ffn_norm);
+  json["q_norm"] = writer.vector(result.layer.q_norm);
+  json["k_norm"] = writer.vector(result.layer.k_norm);
+  for (const OwnedLinear& linear : result.layer.linears) {
+    json["linears"].push_back(write_linear(writer, linear));
+  }
+  for (const LinearReport& report : result.reports) json["reports"].push_back(to_json(report));
+  const std::string description = json.dump();
+  const uint64_t length = description.size();
+  std::string bytes(kMagic, sizeof kMagic);
+  bytes.append(reinterpret_cast<const char*>(&length), sizeof length);
+  bytes += description;
+  bytes += writer.arrays();
+  const uint64_t hash = XXH3_64bits(bytes.data(), bytes.size());
+  bytes.append(reinterpret_cast<const char*>(&hash), sizeof hash);
+  write_text_file(layer_path(layer), bytes);
+}
+
+std::optional<QuantizedLayer> ResumeStore::load(int64_t layer, const Transform& down) const {
+  const std::string path = layer_path(layer);
+  if (!std::filesystem::exists(path)) return std::nullopt;
+  const MappedFile file(path);
+  const std::string_view bytes(reinterpret_cast<const char*>(file.data()), file.size());
+  constexpr size_t kPrefix = sizeof kMagic + sizeof(uint64_t);
+  LayerReader whole(path, bytes);
+  uint64_t length = 0, hash = 0;
+  if (bytes.size() < kPrefix + sizeof hash || bytes.substr(0, 8) != std::string_view(kMagic, 8)) {
+    whole.damaged("it is not a layer file");
+  }
+  std::memcpy(&length, bytes.data() + sizeof kMagic, sizeof length);
+  const std::string_view body = bytes.substr(0, bytes.size() - sizeof hash);
+  std::memcpy(&hash, bytes.data() + body.size(), sizeof hash);
+  if (XXH3_64bits(body.data(), body.size()) != hash || length > body.size() - kPrefix) {
+    whole.damaged("its checksum does not match");
+  }
+  const Json json = parse_json(body.substr(kPrefix, length), path);
+  LayerReader reader(path, body.substr(kPrefix + length));
+  try {
+    return read_layer(json, reader, down);
+  } catch (const Json::exception&) {
+    reader.damaged("its description is incomplete");
+  }
+}
+
+void ResumeStore::remove() const {
+  // Only what we wrote: the folder's name is ours, but a user may have put something there. Also
+  // without a fingerprint: layers left by a removal that was cut short must not look finished.
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(folder_, ignored)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with("layer-") || name.starts_with("fingerprint.json")) {
+      std::error_code failure;
+      std::filesystem::remove(entry.path(), failure);
+    }
+  }
+  std::filesystem::remove(folder_, ignored);  // fails, rightly, when something else is in it
+}
+
+}  // namespace tq

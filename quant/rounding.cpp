@@ -1,0 +1,210 @@
+// rounding - the column walk of RTN and GPTQ. See rounding.h; read round_strip() first.
+#include "quant/rounding.h"
+
+#include <cmath>
+
+#include "model/error.h"
+#include "quant/gptq.h"
+#include "quant/strip.h"
+
+namespace tq {
+namespace {
+
+// Shrink factors of the range: 1.00, 0.9875 .. 0.4. Gaussian groups of 64 settle near 0.9; heavy
+// tails without a rotation go lower. Below 0.4 nothing was ever chosen on real weights.
+constexpr int kGridSteps = 49;
+constexpr float kGridStep = 0.0125f;
+// Columns updated one by one before the rest of the matrix catches up. A multiple of every group.
+constexpr int64_t kBlock = 128;
+// x + kRoundMagic - kRoundMagic rounds |x| < 2^22 to the nearest integer, ties to even, with two
+// additions that exist in every instruction set.
+constexpr float kRoundMagic = 12582912.0f;
+constexpr float kSmallestScale = 0x1p-24f, kLargestScale = 65504.0f;  // positive f16
+
+struct CodeRange {
+  float low, high;
+};
+
+inline void clamp_and_round(Lanes& x, const CodeRange& range) {
+  const Lanes low = Lanes{} + range.low, high = Lanes{} + range.high;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  x = (x + kRoundMagic) - kRoundMagic;
+}
+
+// Scale per lane for `width` columns: the least squared error over the grid. Continuous here; the
+// caller rounds it to f16, which moves it by at most 2^-11 of itself.
+TQ_CLONES void search_scales(const float* columns, int64_t width, CodeRange range, float* scales) {
+  const Lanes* w = reinterpret_cast<const Lanes*>(columns);
+  Lanes largest = {};
+  for (int64_t col = 0; col < width; ++col) {
+    const Lanes x = w[col], negated = -x;
+    largest = x > largest ? x : largest;
+    largest = negated > largest ? negated : largest;
+  }
+  Lanes best_scale = largest / range.high, best_error = Lanes{} + INFINITY;
+  for (int step = 0; step < kGridSteps; ++step) {
+    const Lanes scale = largest * ((1.0f - kGridStep * static_cast<float>(step)) / range.high);
+    const Lanes inverse = 1.0f / scale;
+    Lanes error = {};
+    for (int64_t col = 0; col < width; ++col) {
+      Lanes code = w[col] * inverse;
+      clamp_and_round(code, range);
+      const Lanes difference = w[col] - scale * code;
+      error += difference * difference;
+    }
+    const LaneInts better = error < best_error;  // false for the NaN of an all-zero group
+    best_scale = better ? scale : best_scale;
+    best_error = better ? error : best_error;
+  }
+  *reinterpret_cast<Lanes*>(scales) = best_scale;
+}
+
+// Codes of one column and what they leave over: columns are overwritten by w - scale * code.
+TQ_CLONES void round_column(float* column, const float* scales, CodeRange range, float* codes) {
+  Lanes& w = *reinterpret_cast<Lanes*>(column);
+  const Lanes& scale = *reinterpret_cast<const Lanes*>(scales);
+  Lanes code = w / scale;
+  clamp_and_round(code, range);
+  *reinterpret_cast<Lanes*>(codes) = code;
+  w -= scale * code;
+}
+
+// columns[j] -= sum_i errors[i] * u[i][j] for j in [first, last): i over n_errors rows of U.
+TQ_CLONES void propagate(float* columns, int64_t first, int64_t last, const float* errors,
+                         int64_t n_errors, const float* u, int64_t u_stride) {
+  Lanes* w = reinterpret_cast<Lanes*>(columns);
+  const Lanes* error = reinterpret_cast<const Lanes*>(errors);
+  int64_t j = first;
+  for (; j + 4 <= last; j += 4) {
+    Lanes w0 = w[j], w1 = w[j + 1], w2 = w[j + 2], w3 = w[j + 3];
+    for (int64_t i = 0; i < n_errors; ++i) {
+      const float* factor = u + i * u_stride + j;
+      w0 -= error[i] * factor[0];
+      w1 -= error[i] * factor[1];
+      w2 -= error[i] * factor[2];
+      w3 -= error[i] * factor[3];
+    }
+    w[j] = w0;
+    w[j + 1] = w1;
+    w[j + 2] = w2;
+    w[j + 3] = w3;
+  }
+  for (; j < last; ++j) {
+    for (int64_t i = 0; i < n_errors; ++i) w[j] -= error[i] * u[i * u_stride + j];
+  }
+}
+
+struct StripBuffers {
+  explicit StripBuffers(int64_t cols, int64_t n_groups)
+      : columns(bytes(cols)), codes(bytes(cols)), scales(bytes(n_groups)), errors(bytes(kBlock)) {}
+  static size_t bytes(int64_t n) { return static_cast<size_t>(n * kStripRows) * sizeof(float); }
+  AlignedBuffer columns;  // [cols][16] weights; rounding errors once a column is done
+  AlignedBuffer codes;    // [cols][16] integers as f32
+  AlignedBuffer scales;   // [n_groups][16] f16 values as f32
+  AlignedBuffer errors;   // [kBlock][16] rounding error / U_ii of the current block
+};
+
+void find_group_scales(const float* columns, int64_t width, CodeRange range, float* scales) {
+  search_scales(columns, width, range, scales);
+  for (int64_t lane = 0; lane < kStripRows; ++lane) {
+    float& scale = scales[lane];
+    // An all-zero group has no scale of its own; any positive one represents it exactly.
+    if (!(scale > 0)) scale = 1.0f;
+    scale = f16_to_f32(f32_to_f16(std::clamp(scale, kSmallestScale, kLargestScale)));
+  }
+}
+
+// Rounds the strip in `buffers` column by column. Returns how many weights were clipped in the
+// first `n_lanes` rows.
+int64_t round_strip(int64_t cols, int64_t n_lanes, const RoundingSpec& spec, CodeRange range,
+                    const GptqFactor* factor, StripBuffers& buffers) {
+  float* columns = buffers.columns.as<float>();
+  float* errors = buffers.errors.as<float>();
+  int64_t n_clipped = 0;
+  for (int64_t begin = 0; begin < cols; begin += kBlock) {
+    const int64_t end = std::min(cols, begin + kBlock);
+    for (int64_t col = begin; col < end; ++col) {
+      float* scales = buffers.scales.as<float>() + col / spec.group * kStripRows;
+      float* column = columns + col * kStripRows;
+      if (col % spec.group == 0) {
+        find_group_scales(column, std::min(spec.group, cols - col), range, scales);
+      }
+      round_column(column, scales, range, buffers.codes.as<float>() + col * kStripRows);
+      for (int64_t lane = 0; lane < n_lanes; ++lane) {
+        // A touch over half a step: w - scale * code may round up.
+        if (std::fabs(column[lane]) > 0.5001f * scales[lane]) ++n_clipped;
+      }
+      if (!factor) continue;
+      const float* u_row = factor->u.data() + col * factor->n;
+      float* error = errors + (col - begin) * kStripRows;
+      for (int64_t lane = 0; lane < kStripRows; ++lane) error[lane] = column[lane] / u_row[col];
+      propagate(columns, col + 1, end, error, 1, u_row, factor->n);
+    }
+    if (factor) {
+      propagate(columns, end, cols, errors, end - begin, factor->u.data() + begin * factor->n,
+                factor->n);
+    }
+  }
+  return n_clipped;
+}
+
+void store_strip(const StripBuffers& buffers, int64_t strip, const RoundingSpec& spec,
+                 OwnedMatrix& out) {
+  const float* codes = buffers.codes.as<float>();
+  const float* scales = buffers.scales.as<float>();
+  const int64_t row_bytes = out.view().row_bytes(), n_groups = out.view().n_groups();
+  const int64_t first = strip * kStripRows, last = std::min(out.rows, first + kStripRows);
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t lane = row - first;
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(out.data.data()) + row * row_bytes;
+    for (int64_t col = 0; col < out.cols; ++col) {
+      const int code = static_cast<int>(codes[col * kStripRows + lane]);
+      if (spec.bits == 8) {
+        bytes[col] = static_cast<uint8_t>(static_cast<int8_t>(code));
+      } else if (col % 2 == 0) {
+        bytes[col / 2] = static_cast<uint8_t>(code + 8);
+      } else {
+        bytes[col / 2] = static_cast<uint8_t>(bytes[col / 2] | ((code + 8) << 4));
+      }
+    }
+    for (int64_t group = 0; group < n_groups; ++group) {
+      out.scales[static_cast<size_t>(row * n_groups + group)] =
+          f32_to_f16(scales[group * kStripRows + lane]);
+    }
+  }
+}
+
+}  // namespace
+
+Rounded round_matrix(const FloatMatrix& w, const RoundingSpec& spec, const GptqFactor* factor,
+                     int threads) {
+  TQ_CHECK(spec.bits == 4 || spec.bits == 8);
+  TQ_CHECK(spec.group > 0 && kBlock % spec.group == 0);
+  TQ_CHECK(!factor || factor->n == w.cols);
+  const CodeRange range = spec.bits == 4 ? CodeRange{-8, 7} : CodeRange{-127, 127};
+  Rounded result;
+  OwnedMatrix& out = result.matrix;
+  out.storage = spec.bits == 4 ? Storage::kQ4 : Storage::kQ8;
+  out.rows = w.rows;
+  out.cols = w.cols;
+  out.group = spec.group;
+  out.data.resize(out.view().data_bytes());
+  out.scales.resize(out.view().scale_bytes() / 2);
+  int64_t n_clipped = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : n_clipped)
+  {
+    StripBuffers buffers(w.cols, out.view().n_groups());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t strip = 0; strip < n_strips(w.rows); ++strip) {
+      load_strip(w, strip, buffers.columns.as<float>());
+      const int64_t n_lanes = std::min(kStripRows, w.rows - strip * kStripRows);
+      n_clipped += round_strip(w.cols, n_lanes, spec, range, factor, buffers);
+      store_strip(buffers, strip, spec, out);
+    }
+  }
+  result.n_clipped = n_clipped;
+  return result;
+}
+
+}  // namespace tq
