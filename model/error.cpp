@@ -2,28 +2,36 @@
 #include "model/error.h"
 
 #include <cstdio>
-#include <stdexcept>
 
 namespace tq {
 namespace {
 
-// Length of the control sequence at `i`: C0 and DEL are one byte, C1 two, bidi controls
-// (U+200E/F, U+202A..E, U+2066..9) three. 0 if the byte is ordinary.
-size_t control_length(const std::string& text, size_t i) {
+// Bytes of the UTF-8 character at `i`, 0 if there is no valid one. Overlong forms and surrogates
+// are left to the terminal: they cannot start a control sequence there.
+size_t utf8_length(const std::string& text, size_t i) {
   const auto byte = [&](size_t k) {
     return k < text.size() ? static_cast<unsigned char>(text[k]) : 0u;
   };
-  if (byte(i) < 0x20 || byte(i) == 0x7F) return 1;
-  if (byte(i) == 0xC2 && byte(i + 1) >= 0x80 && byte(i + 1) < 0xA0) return 2;
-  if (byte(i) == 0xE2 && byte(i + 1) == 0x80 &&
-      (byte(i + 2) == 0x8E || byte(i + 2) == 0x8F ||
-       (byte(i + 2) >= 0xAA && byte(i + 2) <= 0xAE))) {
-    return 3;
+  const unsigned lead = byte(i);
+  const size_t length = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+  if (lead > 0xF4) return 0;
+  for (size_t k = 1; k < length; ++k) {
+    if ((byte(i + k) & 0xC0) != 0x80) return 0;
   }
-  if (byte(i) == 0xE2 && byte(i + 1) == 0x81 && byte(i + 2) >= 0xA6 && byte(i + 2) <= 0xA9) {
-    return 3;
+  return length;
+}
+
+// Whether the valid character at `i` is C0, DEL, C1, or a bidi control (U+200E/F, U+202A..E,
+// U+2066..9).
+bool is_control(const std::string& text, size_t i) {
+  const auto byte = [&](size_t k) { return static_cast<unsigned char>(text[i + k]); };
+  if (byte(0) < 0x20 || byte(0) == 0x7F) return true;
+  if (byte(0) == 0xC2) return byte(1) < 0xA0;
+  if (byte(0) != 0xE2) return false;
+  if (byte(1) == 0x80) {
+    return byte(2) == 0x8E || byte(2) == 0x8F || (byte(2) >= 0xAA && byte(2) <= 0xAE);
   }
-  return 0;
+  return byte(1) == 0x81 && byte(2) >= 0xA6 && byte(2) <= 0xA9;
 }
 
 }  // namespace
@@ -31,9 +39,14 @@ size_t control_length(const std::string& text, size_t i) {
 std::string printable(const std::string& text) {
   std::string out;
   for (size_t i = 0; i < text.size();) {
-    const size_t n = control_length(text, i);
-    if (n == 0) out += text[i++];
-    for (size_t k = 0; k < n; ++k, ++i) {
+    const size_t length = utf8_length(text, i);
+    if (length > 0 && !is_control(text, i)) {
+      out.append(text, i, length);
+      i += length;
+      continue;
+    }
+    // A stray byte of a broken character is escaped alone: what follows may be valid again.
+    for (size_t k = 0; k < (length > 0 ? length : 1); ++k, ++i) {
       char escape[5];
       std::snprintf(escape, sizeof escape, "\\x%02X", static_cast<unsigned char>(text[i]));
       out += escape;

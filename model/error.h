@@ -34,8 +34,8 @@ class Error : public std::exception {
   std::string message_;
 };
 
-/// Replaces control characters (C0, C1, DEL, bidi overrides) by \xNN so that a message stays one
-/// harmless line.
+/// Replaces control characters (C0, C1, DEL, bidi overrides) and bytes that are not UTF-8 by \xNN,
+/// so that a message stays one harmless line.
 std::string printable(const std::string& text);
 
 [[noreturn]] void check_failed(const char* condition, const char* file, int line,

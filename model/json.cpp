@@ -1,10 +1,15 @@
-// json - see json.h. nlohmann-json's lexer and iterative parser drive the handler below.
+// json - see json.h. nlohmann-json's lexer and iterative parser drive the builder below.
+//
+// nlohmann's own tree builder is not used: it keeps the last of two equal keys, has no depth limit,
+// and inserts into an ordered object in quadratic time.
 #include "model/json.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <unordered_set>
 #include <utility>
@@ -16,17 +21,64 @@ namespace tq {
 namespace {
 
 constexpr size_t kMaxDepth = 64;
+constexpr size_t kMaxQuoted = 200;  // bytes of an untrusted value that a message repeats
 
 Error bad(const std::string& where, const std::string& why) {
   return Error(ErrorKind::kBadData, "bad JSON", where, why);
 }
 
+std::string shorten(std::string text) {
+  if (text.size() > kMaxQuoted) text = text.substr(0, kMaxQuoted) + "...";
+  return text;
+}
+
+std::string in_quotes(std::string_view key) {
+  return "\"" + shorten(std::string(key)) + "\"";
+}
+
+// "line L, column C" of a byte; both count from 1, columns in bytes.
+std::string position_text(std::string_view text, size_t at) {
+  const std::string_view before = text.substr(0, std::min(at, text.size()));
+  const size_t line_begin = before.rfind('\n') + 1;  // npos + 1 = 0
+  return "line " + std::to_string(std::count(before.begin(), before.end(), '\n') + 1) +
+         ", column " + std::to_string(before.size() - line_begin + 1);
+}
+
+// Input iterator that tells how far the lexer has read; events do not carry a position.
+class Cursor {
+ public:
+  using iterator_category = std::input_iterator_tag;
+  using value_type = char;
+  using difference_type = std::ptrdiff_t;
+  using pointer = const char*;
+  using reference = const char&;
+
+  Cursor(const char* at, const char** reached) : at_(at), reached_(reached) {}
+  reference operator*() const { return *at_; }
+  Cursor& operator++() {
+    *reached_ = ++at_;
+    return *this;
+  }
+  bool operator==(const Cursor& other) const { return at_ == other.at_; }
+  bool operator!=(const Cursor& other) const { return at_ != other.at_; }
+
+ private:
+  const char* at_;
+  const char** reached_;
+};
+
 // Builds the value from parser events. Kept iterative: a file of brackets must not use the stack.
 class Builder : public nlohmann::json_sax<Json> {
  public:
-  Builder(std::string_view text, const std::string& where) : text_(text), where_(where) {}
+  Builder(std::string_view text, const std::string& where)
+      : text_(text), where_(where), reached_(text.data()) {}
 
-  Json take() { return std::move(root_); }
+  Json build() {
+    const Cursor begin(text_.data(), &reached_);
+    const Cursor end(text_.data() + text_.size(), &reached_);
+    if (!Json::sax_parse(begin, end, this)) throw bad(where_, "not a JSON value");
+    return std::move(root_);
+  }
 
   bool null() override { return add(nullptr); }
   bool boolean(bool value) override { return add(value); }
@@ -43,31 +95,20 @@ class Builder : public nlohmann::json_sax<Json> {
 
   bool key(string_t& name) override {
     if (!open_.back().keys->insert(name).second) {
-      throw bad(where_, "key \"" + name + "\" appears twice in one object");
+      fail(last_byte(), "key " + in_quotes(name) + " appears twice in one object");
     }
     key_ = std::move(name);
     return true;
   }
 
-  bool parse_error(size_t position, const std::string& token,
+  bool parse_error(size_t position, const std::string&,
                    const nlohmann::detail::exception& error) override {
-    size_t line = 1, line_begin = 0;
-    const size_t end = std::min(position > 0 ? position - 1 : 0, text_.size());
-    for (size_t i = 0; i < end; ++i) {
-      if (text_[i] != '\n') continue;
-      ++line;
-      line_begin = i + 1;
-    }
-    // nlohmann writes "[json.exception...] parse error at line..., column ...: syntax error ...";
-    // its own position is dropped for ours, which is the same for every kind of error.
+    // nlohmann writes "[json.exception.KIND] parse error at line L, column C: WHY". Only WHY is
+    // kept: the position is given in the same form for every kind of error.
     std::string why = error.what();
-    for (const char* cut : {"]", ": "}) {
-      const size_t at = why.find(cut);
-      if (at != std::string::npos) why.erase(0, at + std::strlen(cut));
-    }
-    (void)token;
-    throw bad(where_, "line " + std::to_string(line) + ", column " +
-                          std::to_string(end - line_begin + 1) + ": " + why);
+    why.erase(0, why.find("] ") + 2);
+    if (why.rfind("parse error", 0) == 0) why.erase(0, why.find(": ") + 2);
+    fail(position > 0 ? position - 1 : 0, shorten(why));
   }
 
  private:
@@ -75,6 +116,12 @@ class Builder : public nlohmann::json_sax<Json> {
     Json* value;
     std::unique_ptr<std::unordered_set<std::string>> keys;  // objects only
   };
+
+  size_t last_byte() const { return static_cast<size_t>(reached_ - text_.data()) - 1; }
+
+  [[noreturn]] void fail(size_t at, const std::string& why) const {
+    throw bad(where_, position_text(text_, at) + ": " + why);
+  }
 
   // Places a value in the innermost open container and returns where it landed.
   template <typename T>
@@ -88,11 +135,10 @@ class Builder : public nlohmann::json_sax<Json> {
       parent.push_back(Json(std::forward<T>(value)));
       return &parent.back();
     }
-    // ordered_json's own insertion searches all keys, quadratic for a vocabulary; ours are known
-    // to be new.
+    // Straight into the vector behind ordered_json: its own insertion searches all keys, and
+    // key() has already seen that this one is new.
     auto& members = parent.get_ref<Json::object_t&>();
-    using Members = std::vector<std::pair<const std::string, Json>>;
-    static_cast<Members&>(members).emplace_back(key_, Json(std::forward<T>(value)));
+    members.Json::object_t::Container::emplace_back(std::move(key_), Json(std::forward<T>(value)));
     return &members.back().second;
   }
 
@@ -104,10 +150,10 @@ class Builder : public nlohmann::json_sax<Json> {
 
   bool open(Json container) {
     if (open_.size() >= kMaxDepth) {
-      throw bad(where_, "nested deeper than " + std::to_string(kMaxDepth) + " levels");
+      fail(last_byte(), "nested deeper than " + std::to_string(kMaxDepth) + " levels");
     }
     const bool is_object = container.is_object();
-    // The pointer stays valid: a container only grows through its innermost open child.
+    // The pointer stays valid: a container only grows while it is the innermost open one.
     Json* value = place(std::move(container));
     open_.push_back(
         {value, is_object ? std::make_unique<std::unordered_set<std::string>>() : nullptr});
@@ -121,75 +167,92 @@ class Builder : public nlohmann::json_sax<Json> {
 
   std::string_view text_;
   const std::string& where_;
+  const char* reached_;  // end of what the lexer has read
   Json root_;
   std::vector<Open> open_;
   std::string key_;
 };
 
-std::string quoted(const char* key) {
-  return "\"" + std::string(key) + "\"";
+// Member of an object, or null if it is absent or null.
+const Json* find_member(const Json& object, const char* key, const std::string& where) {
+  if (!object.is_object()) throw bad(where, "expected an object with " + in_quotes(key));
+  const auto it = object.find(key);
+  return it == object.end() || it->is_null() ? nullptr : &*it;
+}
+
+// Short text of a value for a message; containers are named, not printed.
+std::string value_text(const Json& value) {
+  if (value.is_object()) return "an object";
+  if (value.is_array()) return "an array";
+  if (value.is_string()) return in_quotes(value.get_ref<const std::string&>());
+  return value.dump();
+}
+
+Error wrong_value(const char* key, const Json& value, const std::string& expected,
+                  const std::string& where) {
+  return Error(ErrorKind::kBadData, "bad value", where,
+               in_quotes(key) + " is " + value_text(value) + ", expected " + expected);
 }
 
 }  // namespace
 
 Json parse_json(std::string_view text, const std::string& where) {
-  Builder builder(text, where);
-  if (!Json::sax_parse(text.begin(), text.end(), &builder)) throw bad(where, "not a JSON value");
-  return builder.take();
+  // Two things that nlohmann lets pass: a byte order mark, and NUL as an end of the text.
+  if (text.substr(0, 3) == "\xEF\xBB\xBF") {
+    throw bad(where, "line 1, column 1: byte order mark, expected plain UTF-8");
+  }
+  const size_t nul = text.find('\0');
+  if (nul != std::string_view::npos) throw bad(where, position_text(text, nul) + ": NUL byte");
+  return Builder(text, where).build();
 }
 
 const Json& require(const Json& object, const char* key, const std::string& where) {
-  if (!object.is_object()) throw bad(where, "expected an object with " + quoted(key));
+  if (!object.is_object()) throw bad(where, "expected an object with " + in_quotes(key));
   const auto it = object.find(key);
-  if (it == object.end()) throw bad(where, quoted(key) + " is missing");
+  if (it == object.end()) {
+    throw Error(ErrorKind::kBadData, "missing field", where, in_quotes(key) + " is not there");
+  }
   return *it;
 }
 
 int64_t require_int(const Json& object, const char* key, int64_t low, int64_t high,
                     const std::string& where) {
   const Json& value = require(object, key, where);
-  const std::string range = std::to_string(low) + " to " + std::to_string(high);
-  // Unsigned beyond int64 and every float, also 1.0, are refused.
-  const bool exact =
+  // The parser makes a float of 1.0, of 1e3, and of integers that do not fit 64 bits.
+  const bool fits =
       value.is_number_integer() &&
       !(value.is_number_unsigned() && value.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX));
-  if (!exact || value.get<int64_t>() < low || value.get<int64_t>() > high) {
-    throw bad(where, quoted(key) + " is " + value.dump().substr(0, 64) +
-                         ", expected a whole number from " + range);
+  if (!fits || value.get<int64_t>() < low || value.get<int64_t>() > high) {
+    throw wrong_value(key, value,
+                      "a whole number from " + std::to_string(low) + " to " + std::to_string(high),
+                      where);
   }
   return value.get<int64_t>();
 }
 
 int64_t optional_int(const Json& object, const char* key, int64_t fallback, int64_t low,
                      int64_t high, const std::string& where) {
-  return object.contains(key) && !object[key].is_null() ? require_int(object, key, low, high, where)
-                                                        : fallback;
+  return find_member(object, key, where) ? require_int(object, key, low, high, where) : fallback;
 }
 
 double optional_number(const Json& object, const char* key, double fallback,
                        const std::string& where) {
-  if (!object.contains(key) || object[key].is_null()) return fallback;
-  const Json& value = object[key];
-  if (!value.is_number() || !std::isfinite(value.get<double>())) {
-    throw bad(where, quoted(key) + " is " + value.dump().substr(0, 64) + ", expected a number");
-  }
-  return value.get<double>();
+  const Json* value = find_member(object, key, where);
+  if (!value) return fallback;
+  if (!value->is_number()) throw wrong_value(key, *value, "a number", where);
+  return value->get<double>();  // finite: the parser refuses what overflows
 }
 
 bool optional_bool(const Json& object, const char* key, bool fallback, const std::string& where) {
-  if (!object.contains(key) || object[key].is_null()) return fallback;
-  if (!object[key].is_boolean()) {
-    throw bad(where,
-              quoted(key) + " is " + object[key].dump().substr(0, 64) + ", expected true or false");
-  }
-  return object[key].get<bool>();
+  const Json* value = find_member(object, key, where);
+  if (!value) return fallback;
+  if (!value->is_boolean()) throw wrong_value(key, *value, "true or false", where);
+  return value->get<bool>();
 }
 
 std::string require_string(const Json& object, const char* key, const std::string& where) {
   const Json& value = require(object, key, where);
-  if (!value.is_string()) {
-    throw bad(where, quoted(key) + " is " + value.dump().substr(0, 64) + ", expected a string");
-  }
+  if (!value.is_string()) throw wrong_value(key, value, "a string", where);
   return value.get<std::string>();
 }
 
@@ -200,14 +263,14 @@ std::string read_text_file(const std::string& path, size_t max_bytes) {
   std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
   if (!file) throw io_error();
   std::string text;
-  char block[1 << 16];
+  std::vector<char> block(1 << 16);
   size_t n;
-  while ((n = std::fread(block, 1, sizeof block, file.get())) > 0) {
-    if (text.size() + n > max_bytes) {
+  while ((n = std::fread(block.data(), 1, block.size(), file.get())) > 0) {
+    if (n > max_bytes - text.size()) {
       throw Error(ErrorKind::kBadData, "file too large", path,
                   "more than " + std::to_string(max_bytes) + " bytes");
     }
-    text.append(block, n);
+    text.append(block.data(), n);
   }
   if (std::ferror(file.get())) throw io_error();
   return text;

@@ -19,7 +19,8 @@ using Json = nlohmann::ordered_json;
 /// Leading and trailing JSON whitespace is accepted. `where` names the file.
 Json parse_json(std::string_view text, const std::string& where);
 
-/// Member access with messages that name the key. All throw Error(kBadData).
+/// Member access with messages that name the key. All throw Error(kBadData). The optional_ forms
+/// take a null for an absent key, as Hugging Face does.
 const Json& require(const Json& object, const char* key, const std::string& where);
 /// An exact integer in [low, high]; 1.0, 1e3, "1" and true are refused.
 int64_t require_int(const Json& object, const char* key, int64_t low, int64_t high,

@@ -155,6 +155,7 @@ void MappedFile::release(const std::byte* begin, size_t bytes) const {
 }
 
 AlignedBuffer::AlignedBuffer(size_t bytes) : size_(bytes) {
+  if (bytes > SIZE_MAX - 63) throw std::bad_alloc();
   const size_t rounded = (bytes + 63) / 64 * 64;
   auto* data = static_cast<std::byte*>(std::aligned_alloc(64, rounded ? rounded : 64));
   if (!data) throw std::bad_alloc();

@@ -46,6 +46,9 @@ int packed_code(const Matrix& matrix, int64_t row, int64_t col);
 /// One row as f32 (dense: converted, packed: scale * code). `out` has matrix.cols elements.
 void matrix_row_f32(const Matrix& matrix, int64_t row, float* out);
 
+/// Throws kBadData with count and first index if an element is NaN or infinite.
+void check_finite(const Matrix& matrix, const std::string& name, const std::string& where);
+
 /// An orthogonal change of basis applied to row vectors: y = (x * diag(signs)) * H / sqrt(block),
 /// block by block. H is the Hadamard matrix of model/hadamard.h.
 struct Transform {
