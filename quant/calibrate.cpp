@@ -22,7 +22,9 @@ Config one_layer(Config config) {
 
 }  // namespace
 
-std::string_view builtin_calibration_text() { return {kBuiltinText, sizeof kBuiltinText - 1}; }
+std::string_view builtin_calibration_text() {
+  return {kBuiltinText, sizeof kBuiltinText - 1};
+}
 
 int64_t Calibration::n_tokens() const {
   int64_t count = 0;
@@ -50,9 +52,9 @@ Calibration cut_samples(const std::vector<int32_t>& ids, int64_t n_samples, int6
   for (int64_t i = 0; i < n_samples; ++i) {
     const auto begin = ids.begin() + i * n_windows / n_samples * length;
     calibration.samples.emplace_back(begin, begin + length);
-    calibration.hash = XXH3_64bits_withSeed(calibration.samples.back().data(),
-                                            static_cast<size_t>(length) * sizeof(int32_t),
-                                            calibration.hash);
+    calibration.hash =
+        XXH3_64bits_withSeed(calibration.samples.back().data(),
+                             static_cast<size_t>(length) * sizeof(int32_t), calibration.hash);
   }
   return calibration;
 }
@@ -72,8 +74,8 @@ CalibrationStream::CalibrationStream(const Model& model, const Calibration& cali
       scratch_(backend.alloc(length_ * config_.hidden_dim)) {
   rope_.inv_freq = rope_inv_freq(config_.rope, config_.head_dim);
   rope_.attention_factor = static_cast<float>(config_.rope.attention_factor);
-  host_.resize(static_cast<size_t>(
-      length_ * std::max({config_.dim, config_.q_dim(), config_.hidden_dim})));
+  host_.resize(
+      static_cast<size_t>(length_ * std::max({config_.dim, config_.q_dim(), config_.hidden_dim})));
   hidden_.resize(static_cast<size_t>(calibration.n_tokens() * config_.dim));
   std::vector<double> row(static_cast<size_t>(config_.dim));
   float* out = hidden_.data();

@@ -74,8 +74,8 @@ Decomposed decompose(const FloatMatrix& w, int64_t rank, int branch_bits, int64_
   Decomposed result;
   result.a = store_factor(factors.a, branch_bits, group);
   result.b = store_factor(factors.b, branch_bits, group);
-  result.residual = subtract_product(w, to_float_matrix(result.b.view()),
-                                     to_float_matrix(result.a.view()));
+  result.residual =
+      subtract_product(w, to_float_matrix(result.b.view()), to_float_matrix(result.a.view()));
   return result;
 }
 

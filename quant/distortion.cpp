@@ -18,12 +18,15 @@ double number_or_infinity(const Json& json) {
   return json.is_null() ? INFINITY : json.get<double>();
 }
 
-Json finite_or_null(double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); }
+Json finite_or_null(double value) {
+  return std::isfinite(value) ? Json(value) : Json(nullptr);
+}
 
 }  // namespace
 
-LinearReport measure_linear(const std::string& name, const FloatMatrix& w, const OwnedLinear& stored,
-                            int64_t n_clipped, const Gram* gram, int threads) {
+LinearReport measure_linear(const std::string& name, const FloatMatrix& w,
+                            const OwnedLinear& stored, int64_t n_clipped, const Gram* gram,
+                            int threads) {
   LinearReport report;
   report.name = name;
   report.out = w.rows;

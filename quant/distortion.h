@@ -24,8 +24,9 @@ struct LinearReport {
 
 /// Compares a linear as stored with the weight it stands for (in the same basis). gram: inputs of
 /// the linear, or null.
-LinearReport measure_linear(const std::string& name, const FloatMatrix& w, const OwnedLinear& stored,
-                            int64_t n_clipped, const Gram* gram, int threads);
+LinearReport measure_linear(const std::string& name, const FloatMatrix& w,
+                            const OwnedLinear& stored, int64_t n_clipped, const Gram* gram,
+                            int threads);
 
 /// Infinite ratios become null: JSON has no infinity.
 Json to_json(const LinearReport& report);

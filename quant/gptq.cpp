@@ -80,9 +80,7 @@ void Gram::add(const float* x, int64_t rows, int threads) {
   AlignedBuffer panels(static_cast<size_t>(n_tiles * kGramRows * kTile) * sizeof(float));
   for (int64_t first = 0; first < rows; first += kGramRows) {
     const int64_t count = std::min(kGramRows, rows - first);
-    const auto panel = [&](int64_t tile) {
-      return panels.as<float>() + tile * kGramRows * kTile;
-    };
+    const auto panel = [&](int64_t tile) { return panels.as<float>() + tile * kGramRows * kTile; };
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)

@@ -38,7 +38,8 @@ uint64_t matrix_bytes(int64_t rows, int64_t cols, int bits, int64_t group) {
 
 std::string method_names() {
   std::string names;
-  for (const Preset& preset : kPresets) names += (names.empty() ? "" : ", ") + std::string(preset.name);
+  for (const Preset& preset : kPresets)
+    names += (names.empty() ? "" : ", ") + std::string(preset.name);
   return names;
 }
 
@@ -112,9 +113,10 @@ Json describe_options(const QuantizeOptions& options) {
 std::vector<LinearPlan> plan_layer(const QuantizeOptions& options, const Config& config,
                                    int64_t layer) {
   const int64_t shapes[kNLinears][2] = {
-      {config.q_dim(), config.dim},      {config.kv_dim(), config.dim}, {config.kv_dim(), config.dim},
-      {config.dim, config.q_dim()},      {config.hidden_dim, config.dim},
-      {config.hidden_dim, config.dim}, {config.dim, config.hidden_dim}};
+      {config.q_dim(), config.dim},    {config.kv_dim(), config.dim},
+      {config.kv_dim(), config.dim},   {config.dim, config.q_dim()},
+      {config.hidden_dim, config.dim}, {config.hidden_dim, config.dim},
+      {config.dim, config.hidden_dim}};
   std::vector<LinearPlan> plan;
   for (int i = 0; i < kNLinears; ++i) {
     LinearPlan linear;

@@ -103,8 +103,7 @@ OwnedMatrix store_dense(std::span<const float> values, int64_t rows, int64_t col
   TQ_CHECK(storage == Storage::kF16 || storage == Storage::kBF16);
   matrix.data.resize(values.size() * 2);
   for (size_t i = 0; i < values.size(); ++i) {
-    const uint16_t bits =
-        storage == Storage::kF16 ? f32_to_f16(values[i]) : f32_to_bf16(values[i]);
+    const uint16_t bits = storage == Storage::kF16 ? f32_to_f16(values[i]) : f32_to_bf16(values[i]);
     std::memcpy(matrix.data.data() + 2 * i, &bits, 2);
   }
   return matrix;

@@ -72,8 +72,7 @@ FloatLayer load_float_layer(const Model& model, int64_t index, int threads);
 FloatMatrix to_float_matrix(const Matrix& matrix);
 
 /// Stores f32 values densely as kF32, kF16 or kBF16 (round to nearest even).
-OwnedMatrix store_dense(std::span<const float> values, int64_t rows, int64_t cols,
-                        Storage storage);
+OwnedMatrix store_dense(std::span<const float> values, int64_t rows, int64_t cols, Storage storage);
 
 /// kF16 where every value stays finite in it, else kBF16: f16 has three more mantissa bits, bf16
 /// the range of f32.

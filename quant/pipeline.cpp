@@ -106,10 +106,10 @@ class Pipeline {
   }
   void check_interrupted() const {
     if (!hooks_.interrupted || !hooks_.interrupted()) return;
-    throw Error(ErrorKind::kInterrupted, "interrupted", "tq quantize",
-                keeps_results_ ? "finished layers are kept in " + store_.folder()
-                               : "nothing was written",
-                keeps_results_ ? "continue with --resume" : "");
+    throw Error(
+        ErrorKind::kInterrupted, "interrupted", "tq quantize",
+        keeps_results_ ? "finished layers are kept in " + store_.folder() : "nothing was written",
+        keeps_results_ ? "continue with --resume" : "");
   }
 
   void prepare_store(const Json& fingerprint, bool resume) {
@@ -269,9 +269,8 @@ QuantizeResult quantize_model(const Model& source, const QuantizeOptions& option
                               const QuantizeHooks& hooks) {
   if (!options.needs_calibration()) calibration = nullptr;
   Pipeline pipeline(source, options, hooks, output);
-  return pipeline.run(calibration,
-                      make_fingerprint(source, options, calibration, weights_hash), backend,
-                      resume);
+  return pipeline.run(calibration, make_fingerprint(source, options, calibration, weights_hash),
+                      backend, resume);
 }
 
 }  // namespace tq

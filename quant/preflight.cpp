@@ -46,16 +46,17 @@ uint64_t table_size(int64_t vocab, int64_t dim, int bits, int64_t group) {
 uint64_t estimate_memory(const QuantizeOptions& options, const Config& c, uint64_t layer_weights,
                          uint64_t layer_bytes, int64_t n_tokens) {
   const auto square = [](int64_t n) { return static_cast<uint64_t>(n) * static_cast<uint64_t>(n); };
-  const uint64_t largest = static_cast<uint64_t>(
-      std::max({c.hidden_dim * c.dim, c.q_dim() * c.dim}));
+  const uint64_t largest =
+      static_cast<uint64_t>(std::max({c.hidden_dim * c.dim, c.q_dim() * c.dim}));
   const uint64_t layer = 4 * layer_weights;
   uint64_t moments = 0, factor = 0, stream = 0;
   if (n_tokens > 0) {
     moments = 8 * (2 * square(c.dim) + square(c.q_dim()) + square(c.hidden_dim));
     factor = 12 * square(std::max({c.dim, c.q_dim(), c.hidden_dim}));
-    stream = 4 * static_cast<uint64_t>(n_tokens * c.dim) +
-             4 * static_cast<uint64_t>(options.calib_length) *
-                 static_cast<uint64_t>(3 * c.dim + 3 * c.q_dim() + 4 * c.kv_dim() + 4 * c.hidden_dim);
+    stream =
+        4 * static_cast<uint64_t>(n_tokens * c.dim) +
+        4 * static_cast<uint64_t>(options.calib_length) *
+            static_cast<uint64_t>(3 * c.dim + 3 * c.q_dim() + 4 * c.kv_dim() + 4 * c.hidden_dim);
   }
   const uint64_t calibrating = 2 * layer + moments + stream;  // f32 weights and the backend's copy
   const uint64_t rounding = layer + moments + factor + stream + layer_bytes + 8 * largest +
@@ -110,7 +111,7 @@ void check_output_path(const std::string& output, const std::vector<std::string>
     throw Error(ErrorKind::kIo, "cannot write output", output, why, hint);
   };
   const std::string folder = parent_folder(output);
-  struct stat info{};
+  struct stat info {};
   if (stat(folder.c_str(), &info) != 0) {
     refuse("folder " + folder + ": " + std::strerror(errno), "create it first");
   }
@@ -121,7 +122,7 @@ void check_output_path(const std::string& output, const std::vector<std::string>
   if (stat(output.c_str(), &info) != 0) return;
   if (S_ISDIR(info.st_mode)) refuse("it is a folder", "name a file, for example model.tq");
   for (const std::string& input : inputs) {
-    struct stat other{};
+    struct stat other {};
     if (stat(input.c_str(), &other) == 0 && other.st_dev == info.st_dev &&
         other.st_ino == info.st_ino) {
       refuse("it is the input " + input, "choose another name");
@@ -132,7 +133,7 @@ void check_output_path(const std::string& output, const std::vector<std::string>
 }
 
 void check_disk_space(const std::string& output, uint64_t bytes) {
-  struct statvfs info{};
+  struct statvfs info {};
   const std::string folder = parent_folder(output);
   if (statvfs(folder.c_str(), &info) != 0) {
     throw Error(ErrorKind::kIo, "cannot examine folder", folder, std::strerror(errno));

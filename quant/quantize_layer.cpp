@@ -103,10 +103,10 @@ QuantizedLayer quantize_layer(const FloatLayer& folded, int64_t index,
       factor = factorize(*gram, options.threads, linear.name.c_str());
     }
     OwnedLinear& out = result.layer.linears[static_cast<size_t>(i)];
-    const int64_t n_clipped = store_linear(w, linear, options, uses_factor ? &factor : nullptr, out);
+    const int64_t n_clipped =
+        store_linear(w, linear, options, uses_factor ? &factor : nullptr, out);
     if (i == kWDown) out.input = folded.down_input;
-    result.reports.push_back(
-        measure_linear(linear.name, w, out, n_clipped, gram, options.threads));
+    result.reports.push_back(measure_linear(linear.name, w, out, n_clipped, gram, options.threads));
   }
   return result;
 }

@@ -122,7 +122,9 @@ QuantizedLayer read_layer(const Json& json, LayerReader& reader, const Transform
 
 ResumeStore::ResumeStore(const std::string& output) : folder_(output + ".resume") {}
 
-bool ResumeStore::exists() const { return std::filesystem::exists(folder_ + "/fingerprint.json"); }
+bool ResumeStore::exists() const {
+  return std::filesystem::exists(folder_ + "/fingerprint.json");
+}
 
 void ResumeStore::check(const Json& fingerprint) const {
   const std::string path = folder_ + "/fingerprint.json";

@@ -15,8 +15,9 @@ struct GptqFactor;
 
 /// value = scale * code; codes -8..7 (4 bits) or -127..127 (8 bits).
 struct RoundingSpec {
-  int bits = 4;        // 4 or 8
-  int64_t group = 64;  // columns per scale: a multiple of 32 that divides 128; the last may be short
+  int bits = 4;  // 4 or 8
+  int64_t group =
+      64;  // columns per scale: a multiple of 32 that divides 128; the last may be short
 };
 
 struct Rounded {

@@ -22,11 +22,13 @@ namespace tq {
 
 constexpr int64_t kStripRows = 16;
 
-using Lanes = float __attribute__((vector_size(64), may_alias));    // one column of a strip
+using Lanes = float __attribute__((vector_size(64), may_alias));  // one column of a strip
 using LaneInts = int32_t __attribute__((vector_size(64), may_alias));
 using WideLanes = double __attribute__((vector_size(128), may_alias));
 
-inline int64_t n_strips(int64_t rows) { return (rows + kStripRows - 1) / kStripRows; }
+inline int64_t n_strips(int64_t rows) {
+  return (rows + kStripRows - 1) / kStripRows;
+}
 
 /// Columns of rows [16 * strip, 16 * strip + 16) as [cols][16]; rows past the end are zero.
 inline void load_strip(const FloatMatrix& w, int64_t strip, float* out) {

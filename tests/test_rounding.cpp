@@ -54,7 +54,8 @@ double output_error(const FloatMatrix& w, const OwnedMatrix& rounded, const Gram
 TEST(Rounding, ReproducesValuesThatLieOnTheGrid) {
   // Scale 1/4 is a candidate (largest 7/4, unclipped) and gives no error at all.
   std::vector<float> values(32);
-  for (int i = 0; i < 32; ++i) values[static_cast<size_t>(i)] = 0.25f * static_cast<float>(i % 15 - 7);
+  for (int i = 0; i < 32; ++i)
+    values[static_cast<size_t>(i)] = 0.25f * static_cast<float>(i % 15 - 7);
   const FloatMatrix w = make(1, 32, values);
   const Rounded rounded = round_matrix(w, {4, 32}, nullptr, 1);
   EXPECT_EQ(to_float_matrix(rounded.matrix.view()).data, w.data);
@@ -127,8 +128,10 @@ TEST(Rounding, TinyAndHugeWeightsKeepFiniteScales) {
 }
 
 TEST(Rounding, BitsPerWeightAreExact) {
-  for (const auto& [group, bits] : {std::pair<int64_t, double>{64, 4.25}, {128, 4.125}, {32, 4.5}}) {
-    const OwnedMatrix rounded = round_matrix(random_matrix(16, 256, 1), {4, group}, nullptr, 1).matrix;
+  for (const auto& [group, bits] :
+       {std::pair<int64_t, double>{64, 4.25}, {128, 4.125}, {32, 4.5}}) {
+    const OwnedMatrix rounded =
+        round_matrix(random_matrix(16, 256, 1), {4, group}, nullptr, 1).matrix;
     EXPECT_EQ(8.0 * static_cast<double>(rounded.n_bytes()) / (16 * 256), bits);
   }
 }

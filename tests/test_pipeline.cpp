@@ -1,0 +1,371 @@
+// The quantizer as a whole: reproducible, resumable, exact about sizes, and refusing early.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <filesystem>
+
+#include "cpu/cpu_backend.h"
+#include "model/error.h"
+#include "model/tq_file.h"
+#include "quant/pipeline.h"
+#include "quant/preflight.h"
+#include "quant/quantize_layer.h"
+#include "quant/resume.h"
+#include "tests/temp_dir.h"
+#include "tests/tiny_model.h"
+
+namespace tq {
+namespace {
+
+Calibration tiny_calibration() {
+  return cut_samples(random_ids(700, 96, 4), 8, 64, 96, "test");
+}
+
+QuantizeOptions tiny_options(const std::string& method, int threads = 2) {
+  QuantizeOptions options = method_preset(method);
+  options.threads = threads;
+  return options;
+}
+
+struct Outcome {
+  std::string bytes;
+  QuantizeResult result;
+};
+
+Outcome run(const Model& model, const QuantizeOptions& options, const QuantizeHooks& hooks = {}) {
+  TempDir folder;
+  CpuBackend backend(options.threads);
+  const Calibration calibration = tiny_calibration();
+  Outcome outcome;
+  outcome.result =
+      quantize_model(model, options, &calibration, 1, backend, folder / "m.tq", false, hooks);
+  outcome.bytes = read_bytes(folder / "m.tq");
+  EXPECT_EQ(outcome.bytes.size(), outcome.result.file_bytes);
+  EXPECT_GT(verify_tq_file(folder / "m.tq"), 0);
+  // Neither a temporary file nor resume data stays behind.
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path()), {}), 1);
+  return outcome;
+}
+
+template <typename Action>
+std::string error_of(ErrorKind kind, Action action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), kind) << error.what();
+    return error.what();
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return "";
+}
+
+TEST(Pipeline, BytesDoNotDependOnThreads) {
+  const TinyModel tiny(true);
+  for (const char* method : {"none", "rtn", "gptq", "quarot", "svdquant"}) {
+    EXPECT_EQ(run(tiny.model(), tiny_options(method, 1)).bytes,
+              run(tiny.model(), tiny_options(method, 2)).bytes)
+        << method;
+  }
+}
+
+TEST(Pipeline, OptionsAndSeedChangeTheBytes) {
+  const TinyModel tiny(true);
+  const std::string bytes = run(tiny.model(), tiny_options("quarot")).bytes;
+  QuantizeOptions other = tiny_options("quarot");
+  other.seed = 1;
+  EXPECT_NE(run(tiny.model(), other).bytes, bytes);
+  other = tiny_options("quarot");
+  other.rounding = RoundingKind::kNearest;
+  EXPECT_NE(run(tiny.model(), other).bytes, bytes);
+}
+
+TEST(Pipeline, BitsPerWeightAreExact) {
+  const TinyModel tiny(true);
+  QuantizeOptions options = tiny_options("rtn");
+  // head_dim 48 * 4 heads = 192 columns of wo: three groups of 64, but one and a half of 128.
+  const Outcome g64 = run(tiny.model(), options);
+  for (const LinearReport& linear : g64.result.linears) EXPECT_EQ(linear.bits_per_weight, 4.25);
+  EXPECT_EQ(g64.result.bits_per_weight, 4.25);
+  options.group = 128;
+  for (const LinearReport& linear : run(tiny.model(), options).result.linears) {
+    if (linear.in % 128 == 0) {
+      EXPECT_EQ(linear.bits_per_weight, 4.125);
+    }
+  }
+}
+
+TEST(Pipeline, PlanPredictsTheSizes) {
+  const TinyModel tiny(false);
+  QuantizeOptions options = tiny_options("svdquant");
+  options.rank = 16;
+  options.keep = {"layers\\.0\\."};
+  options.head_bits = 8;
+  const QuantizePlan plan = make_plan(tiny.model(), options, 0);
+  const Outcome outcome = run(tiny.model(), options);
+  EXPECT_DOUBLE_EQ(plan.bits_per_weight(), outcome.result.bits_per_weight);
+  EXPECT_NEAR(static_cast<double>(plan.output_bytes), static_cast<double>(outcome.bytes.size()),
+              0.05 * outcome.bytes.size());
+}
+
+TEST(Pipeline, GptqLowersTheOutputError) {
+  const TinyModel tiny(true);
+  // Compare on the same inputs and weights: the first layer of the same basis.
+  QuantizeOptions options = tiny_options("gptq");
+  const Calibration calibration = tiny_calibration();
+  CpuBackend backend(2);
+  const ModelBasis basis(options, tiny.model().config);
+  const FloatLayer layer = fold_layer(tiny.model(), 0, options, basis);
+  CalibrationStream stream(tiny.model(), calibration, basis.residual.transform, backend, 2);
+  LayerGrams grams(tiny.model().config);
+  stream.run_layer(layer.view(), &grams, [] {});
+  const auto reports = [&](RoundingKind rounding) {
+    options.rounding = rounding;
+    return quantize_layer(layer, 0, options, tiny.model().config, &grams, [] {}).reports;
+  };
+  const auto gptq = reports(RoundingKind::kGptq), nearest = reports(RoundingKind::kNearest);
+  for (size_t i = 0; i < kNLinears; ++i) {
+    EXPECT_GT(*gptq[i].output_snr_db, *nearest[i].output_snr_db) << gptq[i].name;
+    EXPECT_LT(gptq[i].weight_snr_db, nearest[i].weight_snr_db) << gptq[i].name;
+  }
+}
+
+TEST(Pipeline, NoneKeepsSixteenBitSourcesByteForByte) {
+  for (Storage storage : {Storage::kBF16, Storage::kF16}) {
+    const TinyModel tiny(true, 1, storage);
+    TempDir folder;
+    CpuBackend backend(1);
+    quantize_model(tiny.model(), tiny_options("none"), nullptr, 1, backend, folder / "m.tq", false,
+                   {});
+    const Model stored = load_tq_file(folder / "m.tq");
+    for (size_t layer = 0; layer < 3; ++layer) {
+      for (const NamedLinear& linear : kLayerLinears) {
+        const Matrix& a = (stored.layers[layer].*linear.member).weight;
+        const Matrix& b = (tiny.model().layers[layer].*linear.member).weight;
+        ASSERT_EQ(a.storage, storage);
+        ASSERT_EQ(std::memcmp(a.data, b.data, b.data_bytes()), 0) << linear.name;
+      }
+    }
+    EXPECT_EQ(stored.layers[0].attn_norm, tiny.model().layers[0].attn_norm);
+  }
+}
+
+TEST(Pipeline, NoneStoresF32AsF16UnlessItOverflows) {
+  TinyModel tiny(true);
+  tiny.values(1)[3] = 1e6f;  // layers.0.wq
+  TempDir folder;
+  CpuBackend backend(1);
+  quantize_model(tiny.model(), tiny_options("none"), nullptr, 1, backend, folder / "m.tq", false,
+                 {});
+  const Model stored = load_tq_file(folder / "m.tq");
+  EXPECT_EQ(stored.layers[0].wq.weight.storage, Storage::kBF16);
+  EXPECT_EQ(stored.layers[0].wk.weight.storage, Storage::kF16);
+}
+
+TEST(Pipeline, TiedTablesAreStoredOnceAndMayBePacked) {
+  const TinyModel tiny(true);
+  for (int bits : {16, 8, 4}) {
+    QuantizeOptions options = tiny_options("rtn");
+    options.embed_bits = options.head_bits = bits;
+    TempDir folder;
+    CpuBackend backend(1);
+    quantize_model(tiny.model(), options, nullptr, 1, backend, folder / "m.tq", false, {});
+    const Model stored = load_tq_file(folder / "m.tq");
+    EXPECT_EQ(stored.lm_head.weight.data, stored.tok_embed.data);
+    EXPECT_EQ(stored.tok_embed.storage, bits == 16  ? Storage::kF16
+                                        : bits == 8 ? Storage::kQ8
+                                                    : Storage::kQ4);
+    EXPECT_EQ(stored.lm_head.act.bits, bits == 16 ? 16 : 8);
+  }
+}
+
+TEST(Pipeline, KeepSpreadsOverLinearsThatShareAnInput) {
+  const TinyModel tiny(true);
+  QuantizeOptions options = tiny_options("quarot");
+  options.keep = {"layers.1.wk$"};
+  const auto plan = plan_layer(options, tiny.model().config, 1);
+  for (LinearIndex index : {kWq, kWk, kWv}) EXPECT_TRUE(plan[index].keep);
+  for (LinearIndex index : {kWo, kWGate, kWUp, kWDown}) EXPECT_FALSE(plan[index].keep);
+  EXPECT_FALSE(plan_layer(options, tiny.model().config, 0)[kWk].keep);
+  const Outcome outcome = run(tiny.model(), options);
+  EXPECT_EQ(outcome.result.linears[7 + kWv].bits_per_weight, 16);
+  EXPECT_GT(outcome.result.linears[7 + kWv].weight_snr_db, 60);
+  options.keep = {"("};
+  error_of(ErrorKind::kUsage, [&] { plan_layer(options, tiny.model().config, 0); });
+}
+
+// Stops the run when work on layer `layer` has begun.
+QuantizeHooks stop_at(int64_t layer, bool& stopped) {
+  QuantizeHooks hooks;
+  hooks.progress = [&stopped, layer](int64_t at, int64_t, const char* step) {
+    if (at == layer && std::string(step) == "rounding") stopped = true;
+  };
+  hooks.interrupted = [&stopped] { return stopped; };
+  return hooks;
+}
+
+TEST(Resume, AnInterruptedRunContinuesToTheSameBytes) {
+  const TinyModel tiny(true);
+  for (const char* method : {"quarot", "gptq"}) {
+    QuantizeOptions options = tiny_options(method);
+    options.rank = 8;  // branches are stored too
+    const Calibration calibration = tiny_calibration();
+    const std::string expected = run(tiny.model(), options).bytes;
+    TempDir folder;
+    const std::string output = folder / "m.tq";
+    CpuBackend backend(2);
+    for (int64_t layer : {1, 2}) {
+      bool stopped = false;
+      const std::string message = error_of(ErrorKind::kInterrupted, [&] {
+        quantize_model(tiny.model(), options, &calibration, 1, backend, output, layer > 1,
+                       stop_at(layer, stopped));
+      });
+      EXPECT_NE(message.find("--resume"), std::string::npos);
+      EXPECT_FALSE(std::filesystem::exists(output));
+      // Only the resume folder: no temporary file.
+      EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path()), {}), 1);
+    }
+    const QuantizeResult result =
+        quantize_model(tiny.model(), options, &calibration, 1, backend, output, true, {});
+    EXPECT_EQ(result.n_resumed, 2);
+    EXPECT_EQ(result.linears.size(), 21u);
+    EXPECT_EQ(read_bytes(output), expected);
+    EXPECT_FALSE(std::filesystem::exists(output + ".resume"));
+  }
+}
+
+TEST(Resume, RefusesAnotherModelOtherOptionsOrAnotherText) {
+  const TinyModel tiny(true);
+  const QuantizeOptions options = tiny_options("quarot");
+  const Calibration calibration = tiny_calibration();
+  TempDir folder;
+  const std::string output = folder / "m.tq";
+  CpuBackend backend(2);
+  bool stopped = false;
+  error_of(ErrorKind::kInterrupted, [&] {
+    quantize_model(tiny.model(), options, &calibration, 1, backend, output, false,
+                   stop_at(1, stopped));
+  });
+  const auto resume = [&](const QuantizeOptions& o, const Calibration& c, uint64_t weights) {
+    return error_of(ErrorKind::kBadData, [&] {
+      quantize_model(tiny.model(), o, &c, weights, backend, output, true, {});
+    });
+  };
+  QuantizeOptions other = options;
+  other.seed = 9;
+  EXPECT_NE(resume(other, calibration, 1).find("does not match: seed"), std::string::npos);
+  other = options;
+  other.group = 32;
+  EXPECT_NE(resume(other, calibration, 1).find("does not match: group"), std::string::npos);
+  EXPECT_NE(resume(options, calibration, 2).find("does not match: weights"), std::string::npos);
+  const Calibration text = cut_samples(random_ids(700, 96, 5), 8, 64, 96, "test");
+  EXPECT_NE(resume(options, text, 1).find("does not match: calibration"), std::string::npos);
+}
+
+TEST(Resume, ADamagedLayerIsReported) {
+  const TinyModel tiny(true);
+  const QuantizeOptions options = tiny_options("quarot");
+  const Calibration calibration = tiny_calibration();
+  TempDir folder;
+  CpuBackend backend(2);
+  bool stopped = false;
+  error_of(ErrorKind::kInterrupted, [&] {
+    quantize_model(tiny.model(), options, &calibration, 1, backend, folder / "m.tq", false,
+                   stop_at(1, stopped));
+  });
+  const std::string path = folder / "m.tq.resume/layer-00000.bin";
+  const std::string bytes = read_bytes(path);
+  for (size_t keep : {size_t{0}, size_t{10}, bytes.size() / 2, bytes.size() - 1}) {
+    write_bytes(path, bytes.substr(0, keep));
+    error_of(ErrorKind::kBadData, [&] { ResumeStore(folder / "m.tq").load(0, {}); });
+  }
+  std::string flipped = bytes;
+  flipped[bytes.size() / 3] ^= 4;
+  write_bytes(path, flipped);
+  error_of(ErrorKind::kBadData, [&] { ResumeStore(folder / "m.tq").load(0, {}); });
+}
+
+TEST(Resume, StartingAgainForgetsOldLayers) {
+  TempDir folder;
+  const ResumeStore store(folder / "m.tq");
+  std::filesystem::create_directory(store.folder());
+  write_bytes(store.folder() + "/layer-00000.bin", "stale");  // and no fingerprint
+  ResumeStore(folder / "m.tq").create({{"seed", 1}});
+  EXPECT_FALSE(store.load(0, {}).has_value());
+}
+
+TEST(Calibration, SamplesAreSpreadEvenlyAndDoNotOverlap) {
+  std::vector<int32_t> ids(105);
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i);
+  const Calibration calibration = cut_samples(ids, 5, 10, 200, "test");
+  ASSERT_EQ(calibration.samples.size(), 5u);
+  for (int32_t i = 0; i < 5; ++i) EXPECT_EQ(calibration.samples[static_cast<size_t>(i)][0], 20 * i);
+  EXPECT_EQ(cut_samples(ids, 99, 10, 200, "test").samples.size(), 10u);
+  EXPECT_NE(cut_samples(ids, 4, 10, 200, "test").hash, calibration.hash);
+}
+
+TEST(Calibration, RefusesShortTextsAndForeignIds) {
+  error_of(ErrorKind::kBadData, [] { cut_samples({1, 2, 3}, 1, 4, 10, "test"); });
+  error_of(ErrorKind::kBadData, [] { cut_samples({1, 2, 30}, 1, 2, 10, "test"); });
+  error_of(ErrorKind::kBadData, [] { cut_samples({1, -2, 3}, 1, 2, 10, "test"); });
+}
+
+TEST(Calibration, TheBuiltInTextIsPlainAscii) {
+  const std::string_view text = builtin_calibration_text();
+  EXPECT_GT(text.size(), 200000u);
+  for (unsigned char c : text) ASSERT_TRUE(c == '\n' || (c >= 32 && c < 127));
+}
+
+TEST(Preflight, WeightsThatAreNotFiniteAreNamed) {
+  TinyModel tiny(true);
+  const uint64_t hash = scan_weights(tiny.model(), [](const Matrix&) {});
+  tiny.values(2)[130] = NAN;  // layers.0.wk, row 1
+  tiny.values(2)[131] = INFINITY;
+  const std::string message =
+      error_of(ErrorKind::kBadData, [&] { scan_weights(tiny.model(), [](const Matrix&) {}); });
+  EXPECT_NE(message.find("layers.0.wk: 2 values, the first at index 130"), std::string::npos)
+      << message;
+  tiny.values(2)[130] = tiny.values(2)[131] = 0;
+  EXPECT_NE(scan_weights(tiny.model(), [](const Matrix&) {}), hash);
+}
+
+TEST(Preflight, OutputPathsAreRefusedBeforeWork) {
+  TempDir folder;
+  write_bytes(folder / "old.tq", "x");
+  std::filesystem::create_hard_link(folder / "old.tq", folder / "link");
+  std::filesystem::create_symlink(folder / "old.tq", folder / "symlink");
+  const auto refused = [&](const std::string& output, bool force) {
+    return error_of(ErrorKind::kIo, [&] { check_output_path(output, {folder / "old.tq"}, force); });
+  };
+  EXPECT_NE(refused(folder / "none/m.tq", true).find("No such file"), std::string::npos);
+  EXPECT_NE(refused(folder.path(), true).find("folder"), std::string::npos);
+  for (const char* name : {"old.tq", "link", "symlink"}) {
+    EXPECT_NE(refused(folder / name, true).find("is the input"), std::string::npos) << name;
+  }
+  write_bytes(folder / "other.tq", "x");
+  EXPECT_NE(refused(folder / "other.tq", false).find("--force"), std::string::npos);
+  EXPECT_NO_THROW(check_output_path(folder / "other.tq", {folder / "old.tq"}, true));
+  EXPECT_NO_THROW(check_output_path(folder / "new.tq", {folder / "old.tq"}, false));
+  error_of(ErrorKind::kIo, [&] { check_disk_space(folder / "m.tq", uint64_t{1} << 62); });
+  error_of(ErrorKind::kResource, [&] { check_memory(uint64_t{1} << 62); });
+}
+
+TEST(Options, ContradictionsAreUsageErrors) {
+  const TinyModel tied(true);
+  const Config& config = tied.model().config;
+  const auto refused = [&](const std::function<void(QuantizeOptions&)>& change,
+                           const std::string& method = "quarot") {
+    QuantizeOptions options = method_preset(method);
+    change(options);
+    error_of(ErrorKind::kUsage, [&] { check_options(options, config); });
+  };
+  EXPECT_NO_THROW(check_options(method_preset("quarot"), config));
+  refused([](QuantizeOptions& o) { o.rank = 97; });  // kv_dim is 96
+  refused([](QuantizeOptions& o) { o.embed_bits = 8; });
+  refused([](QuantizeOptions& o) { o.bits_w = 16; });
+  refused([](QuantizeOptions& o) { o.calib_length = 513; });
+  refused([](QuantizeOptions& o) { o.bits_a = 8; }, "none");
+  error_of(ErrorKind::kUsage, [] { method_preset("magic"); });
+}
+
+}  // namespace
+}  // namespace tq

@@ -1,0 +1,179 @@
+// `tq quantize` as a user meets it: exit codes, one-line errors, nothing left behind.
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include "model/json.h"
+#include "model/tq_file.h"
+#include "tests/temp_dir.h"
+
+namespace tq {
+namespace {
+
+const std::string kModel = std::string(TQ_FIXTURES) + "/random-models/llama-tied-bf16-sharded";
+
+struct Run {
+  int code = 0;
+  std::string out, err;
+};
+
+class QuantizeCli : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!std::filesystem::exists(TQ_BINARY)) GTEST_SKIP() << TQ_BINARY << " is not built";
+    // 24 characters of the fixtures' alphabet, over and over.
+    std::string text;
+    for (int i = 0; i < 60; ++i) text += "the cat sat on a mat and ";
+    write_bytes(folder_ / "calib.txt", text);
+  }
+
+  // `prefix` goes before the command, for limits of the shell.
+  Run run(const std::string& arguments, const std::string& prefix = "") {
+    const std::string command = prefix + TQ_BINARY + " quantize " + arguments + " >" +
+                                (folder_ / "out") + " 2>" + (folder_ / "err");
+    const int status = std::system(command.c_str());
+    Run result;
+    result.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    result.out = read_bytes(folder_ / "out");
+    result.err = read_bytes(folder_ / "err");
+    std::filesystem::remove(folder_ / "out");
+    std::filesystem::remove(folder_ / "err");
+    return result;
+  }
+
+  // A failure: this exit code, one line that mentions `text`, nothing on stdout, no file appears.
+  void expect_failure(int code, const std::string& arguments, const std::string& text,
+                      const std::string& prefix = "") {
+    const auto before = files();
+    const Run result = run(arguments, prefix);
+    EXPECT_EQ(result.code, code) << arguments << "\n" << result.err;
+    EXPECT_EQ(result.out, "") << arguments;
+    EXPECT_TRUE(result.err.starts_with("tq: error: ")) << result.err;
+    EXPECT_EQ(std::count(result.err.begin(), result.err.end(), '\n'), 1) << result.err;
+    EXPECT_NE(result.err.find(text), std::string::npos) << result.err;
+    EXPECT_EQ(files(), before) << arguments;
+  }
+
+  std::vector<std::string> files() {
+    std::vector<std::string> names;
+    for (const auto& entry : std::filesystem::directory_iterator(folder_.path())) {
+      names.push_back(entry.path().filename().string());
+    }
+    std::sort(names.begin(), names.end());
+    return names;
+  }
+
+  std::string output() { return " -o " + (folder_ / "m.tq"); }
+  // Options under which GPTQ runs on a fixture of a few tokens.
+  std::string calib() {
+    return " --calib " + (folder_ / "calib.txt") + " --calib-length 32 --calib-samples 4";
+  }
+
+  TempDir folder_;
+};
+
+TEST_F(QuantizeCli, WritesAVerifiedFileAndAReport) {
+  const Run result =
+      run(kModel + output() + calib() + " --group 32 --report " + (folder_ / "report.json"));
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(result.out, "");
+  EXPECT_GT(verify_tq_file(folder_ / "m.tq"), 0);
+  const Json report = parse_json(read_bytes(folder_ / "report.json"), "report");
+  EXPECT_EQ(report["linears"].size(), 21u);
+  EXPECT_GT(report["linears"][0]["output_snr_db"].get<double>(), 5);
+  EXPECT_EQ(report["file_bytes"].get<uint64_t>(), std::filesystem::file_size(folder_ / "m.tq"));
+}
+
+TEST_F(QuantizeCli, EveryMethodWorksOnEveryArchitecture) {
+  for (const auto& entry :
+       std::filesystem::directory_iterator(std::string(TQ_FIXTURES) + "/random-models")) {
+    if (!entry.is_directory()) continue;
+    for (const char* method : {"none", "rtn", "gptq", "quarot", "svdquant --rank 4"}) {
+      const bool calibrated = std::string(method) == "gptq" || std::string(method) == "quarot";
+      const Run result = run(entry.path().string() + output() + " --force -q --method " + method +
+                             (calibrated ? calib() : ""));
+      EXPECT_EQ(result.code, 0) << entry.path() << " " << method << ": " << result.err;
+      EXPECT_EQ(result.err, "");
+      EXPECT_GT(verify_tq_file(folder_ / "m.tq"), 0);
+    }
+  }
+}
+
+TEST_F(QuantizeCli, TwoRunsGiveTheSameBytes) {
+  ASSERT_EQ(run(kModel + output() + calib() + " --threads 1").code, 0);
+  const std::string first = read_bytes(folder_ / "m.tq");
+  ASSERT_EQ(run(kModel + output() + calib() + " --threads 2 --force").code, 0);
+  EXPECT_EQ(read_bytes(folder_ / "m.tq"), first);
+  EXPECT_EQ(first.find("/random-models"), std::string::npos);  // no paths in the file
+}
+
+TEST_F(QuantizeCli, DryRunWritesNothing) {
+  const auto before = files();
+  const Run result = run(kModel + output() + calib() + " --dry-run");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_NE(result.err.find("bits each"), std::string::npos);
+  EXPECT_EQ(files(), before);
+}
+
+TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
+  expect_failure(2, kModel + output() + " --method twinquant", "methods: none, rtn");
+  expect_failure(2, kModel + output() + " --bits-w 3", "--bits-w");
+  expect_failure(2, kModel + output() + " --group 48", "--group");
+  expect_failure(2, kModel + output() + " --method svdquant --rank 33", "smallest side");
+  expect_failure(2, kModel + output() + " --embed-bits 8 --head-bits 4", "stored once");
+  expect_failure(2, kModel + output() + " --method rtn --calib-samples 3", "calibration options");
+  expect_failure(2, kModel + output() + " --method none --bits-w 4", "contradicts");
+  expect_failure(2, kModel + output() + " --branch-bits 8", "--branch-bits");
+  expect_failure(2, kModel + output() + calib() + " --keep '('", "regular expression");
+  expect_failure(2, kModel + output() + " --calib-length 257", "context");
+  expect_failure(2, kModel, "--output");
+}
+
+TEST_F(QuantizeCli, WrongInputsAreRefused) {
+  expect_failure(5, (folder_ / "nothing") + output(), "nothing");
+  expect_failure(5, kModel + output() + " --calib " + (folder_ / "none.txt"), "none.txt");
+  write_bytes(folder_ / "empty.txt", "");
+  expect_failure(3, kModel + output() + " --calib " + (folder_ / "empty.txt"), "empty");
+  write_bytes(folder_ / "latin1.txt", "caf\xe9 au lait");
+  expect_failure(3, kModel + output() + " --calib " + (folder_ / "latin1.txt"), "UTF-8");
+  write_bytes(folder_ / "short.txt", "the cat");
+  expect_failure(3, kModel + output() + " --calib-length 200 --calib " + (folder_ / "short.txt"),
+                 "too short");
+  ASSERT_EQ(run(kModel + output() + " --method rtn").code, 0);
+  expect_failure(3, (folder_ / "m.tq") + " -o " + (folder_ / "n.tq"), "already quantized");
+}
+
+TEST_F(QuantizeCli, OutputIsNeverOverwrittenUnasked) {
+  write_bytes(folder_ / "m.tq", "precious");
+  expect_failure(5, kModel + output() + " --method rtn", "--force");
+  EXPECT_EQ(read_bytes(folder_ / "m.tq"), "precious");
+  expect_failure(5, kModel + " --method rtn -o " + (folder_ / "none/m.tq"), "none");
+  expect_failure(5, kModel + " --method rtn --force -o " + kModel + "/model.safetensors.index.json",
+                 "input");
+  // A failed run with --force leaves the old file as it was.
+  expect_failure(5, kModel + output() + " --force --calib " + (folder_ / "none.txt"), "none.txt");
+  EXPECT_EQ(read_bytes(folder_ / "m.tq"), "precious");
+}
+
+TEST_F(QuantizeCli, AFullDiskLeavesNothing) {
+  // RLIMIT_FSIZE in blocks of 1024 bytes stands in for a full disk.
+  expect_failure(5, kModel + output() + " --method none", "m.tq", "ulimit -f 20; trap '' XFSZ; ");
+}
+
+TEST_F(QuantizeCli, WeightsThatAreNotFiniteAreRefused) {
+  const std::string copy = folder_ / "model";
+  std::filesystem::copy(kModel, copy);
+  const std::string shard = copy + "/model-00001-of-00002.safetensors";
+  std::filesystem::permissions(shard, std::filesystem::perms::owner_write,
+                               std::filesystem::perm_options::add);
+  std::string bytes = read_bytes(shard);
+  bytes[bytes.size() - 1] = '\x7f';  // the last bf16 becomes NaN
+  bytes[bytes.size() - 2] = '\xff';
+  write_bytes(shard, bytes);
+  expect_failure(3, copy + output() + " --method rtn", "1 values, the first at index");
+}
+
+}  // namespace
+}  // namespace tq

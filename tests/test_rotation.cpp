@@ -1,0 +1,224 @@
+// Rotations: orthogonal, the same on host and backend, and invisible in a model's logits.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <filesystem>
+
+#include "cpu/cpu_backend.h"
+#include "model/forward.h"
+#include "model/tq_file.h"
+#include "quant/pipeline.h"
+#include "quant/quantize_layer.h"
+#include "quant/rng.h"
+#include "quant/rotation.h"
+#include "tests/temp_dir.h"
+#include "tests/tiny_model.h"
+
+namespace tq {
+namespace {
+
+// Every kind of order: a power of two, each kind of base matrix (Paley I, Paley II), and one that
+// needs blocks (22 = 11 * 2).
+constexpr int64_t kSizes[] = {1, 2, 64, 12, 20, 36, 40, 72, 96, 576, 22};
+
+std::vector<double> random_vector(int64_t n, uint64_t seed) {
+  SplitMix64 rng(seed);
+  std::vector<double> v(static_cast<size_t>(n));
+  for (double& x : v) x = rng.normal();
+  return v;
+}
+
+TEST(Rotation, KeepsNormsAndIsUndoneByItsInverse) {
+  for (int64_t size : kSizes) {
+    const Rotation rotation = Rotation::random_hadamard(size, 7, 0);
+    const std::vector<double> original = random_vector(size, 3);
+    std::vector<double> v = original;
+    apply_transform(rotation.transform, v.data(), false);
+    double before = 0, after = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      before += original[i] * original[i];
+      after += v[i] * v[i];
+    }
+    EXPECT_NEAR(after, before, 1e-12 * before) << size;
+    apply_transform(rotation.transform, v.data(), true);
+    // f64, about log2(size) + base order additions an element: far below 1e-12.
+    for (int64_t i = 0; i < size; ++i) EXPECT_NEAR(v[i], original[i], 1e-12) << size;
+  }
+}
+
+TEST(Rotation, SpreadsAnOutlierEvenly) {
+  const Rotation rotation = Rotation::random_hadamard(576, 1, 0);
+  ASSERT_EQ(rotation.transform.block, 576);
+  std::vector<double> v(576, 0.0);
+  v[100] = 24;  // sqrt(576)
+  apply_transform(rotation.transform, v.data(), false);
+  for (double x : v) EXPECT_NEAR(std::fabs(x), 1.0, 1e-12);
+}
+
+TEST(Rotation, HostAndBackendTransformAgree) {
+  CpuBackend backend(2);
+  for (int64_t size : kSizes) {
+    const Rotation rotation = Rotation::random_hadamard(size, 11, 2);
+    const std::vector<double> original = random_vector(size, 5);
+    const auto prepared = backend.prepare_transform(rotation.transform);
+    for (bool inverse : {false, true}) {
+      std::vector<double> expected = original;
+      apply_transform(rotation.transform, expected.data(), inverse);
+      std::vector<float> values(original.begin(), original.end());
+      const BufferPtr buffer = backend.alloc(size);
+      backend.upload(*buffer, values);
+      backend.transform(*buffer, 1, *prepared, inverse);
+      backend.download(*buffer, 0, values);
+      for (int64_t i = 0; i < size; ++i) {
+        // f32 sums of `size` terms of size ~1 / sqrt(size): at most size * 2^-24 * max|v|.
+        EXPECT_NEAR(values[i], expected[i], 1e-6 * std::sqrt(static_cast<double>(size)))
+            << size << " inverse " << inverse;
+      }
+    }
+  }
+}
+
+TEST(Rotation, DifferentSeedsAndStreamsGiveDifferentSigns) {
+  const auto signs = [](uint64_t seed, uint64_t stream) {
+    return Rotation::random_hadamard(256, seed, stream).signs;
+  };
+  EXPECT_EQ(signs(1, 0), signs(1, 0));
+  EXPECT_NE(signs(1, 0), signs(2, 0));
+  EXPECT_NE(signs(1, 0), signs(1, 1));
+  int64_t sum = 0;
+  for (int8_t sign : signs(5, 0)) sum += sign;
+  EXPECT_LT(std::abs(sum), 64);  // four standard deviations of a fair coin
+}
+
+TEST(Rotation, ColumnsAndRowsAreTransformedAlike) {
+  const Rotation rotation = Rotation::random_hadamard(40, 3, 0);
+  FloatMatrix w{21, 80, std::vector<float>(21 * 80)};  // rows: two blocks of 40
+  FloatMatrix t{80, 21, std::vector<float>(21 * 80)};  // its transpose
+  SplitMix64 rng(9);
+  for (int64_t i = 0; i < 21; ++i) {
+    for (int64_t j = 0; j < 80; ++j) t.row(j)[i] = w.row(i)[j] = static_cast<float>(rng.normal());
+  }
+  transform_rows(w, rotation.transform, 2, 2);
+  transform_columns(t, rotation.transform, 2, 2);
+  for (int64_t i = 0; i < 21; ++i) {
+    for (int64_t j = 0; j < 80; ++j) ASSERT_EQ(w.row(i)[j], t.row(j)[i]);
+  }
+}
+
+std::vector<float> all_logits(const Model& model, const std::vector<int32_t>& ids) {
+  CpuBackend backend(2);
+  const PreparedModel prepared(model, backend);
+  SessionOptions options;
+  options.ctx = static_cast<int64_t>(ids.size());
+  options.kv_bits = 32;
+  Session session(prepared, options);
+  std::vector<float> logits;
+  session.feed_all(ids, [&](int64_t, int64_t, std::span<const float> rows) {
+    logits.insert(logits.end(), rows.begin(), rows.end());
+  });
+  return logits;
+}
+
+// Largest difference in units of the standard deviation of the logits.
+double relative_error(const std::vector<float>& got, const std::vector<float>& expected) {
+  EXPECT_EQ(got.size(), expected.size());
+  double mean = 0, variance = 0, worst = 0;
+  for (float v : expected) mean += v / static_cast<double>(expected.size());
+  for (size_t i = 0; i < expected.size(); ++i) {
+    variance += (expected[i] - mean) * (expected[i] - mean) / static_cast<double>(expected.size());
+    const double error = std::fabs(double{got[i]} - expected[i]);
+    if (!(error <= worst)) worst = error;
+  }
+  return worst / std::sqrt(variance);
+}
+
+QuantizeOptions rotated_unrounded(uint64_t seed) {
+  QuantizeOptions options = method_preset("quarot");
+  options.rounding = RoundingKind::kStore;
+  options.bits_w = 32;
+  options.bits_a = 16;
+  options.seed = seed;
+  options.threads = 2;
+  return options;
+}
+
+double rotation_error(const Model& model, const QuantizeOptions& options) {
+  TempDir folder;
+  CpuBackend backend(2);
+  quantize_model(model, options, nullptr, 0, backend, folder / "m.tq", false, {});
+  const Model rotated = load_tq_file(folder / "m.tq");
+  EXPECT_TRUE(rotated.residual_basis.active());
+  EXPECT_TRUE(rotated.layers[0].w_down.input.active());
+  const auto ids = random_ids(24, static_cast<int32_t>(model.config.vocab_size), 17);
+  return relative_error(all_logits(rotated, ids), all_logits(model, ids));
+}
+
+// A dozen f32 products in a row, each off by a few 2^-24 relative to its terms, and one rounding of
+// every folded weight: some 1e-6 of the logits' size. A wrong fold changes logits by about 1.
+constexpr double kMaxRotationError = 1e-4;
+
+TEST(RotatedModel, KeepsItsLogits) {
+  for (bool tied : {false, true}) {
+    const TinyModel tiny(tied);
+    EXPECT_LT(rotation_error(tiny.model(), rotated_unrounded(3)), kMaxRotationError) << tied;
+  }
+}
+
+TEST(RotatedModel, KeepsItsLogitsForEveryArchitecture) {
+  const std::string root = std::string(TQ_FIXTURES) + "/random-models";
+  int n_models = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(root)) {
+    if (!entry.is_directory()) continue;
+    ++n_models;
+    const Model model = load_hf_folder(entry.path().string());
+    EXPECT_LT(rotation_error(model, rotated_unrounded(5)), kMaxRotationError) << entry.path();
+  }
+  EXPECT_GE(n_models, 4);
+}
+
+TEST(RotatedModel, ADifferentSeedGivesOtherWeightsAndTheSameLogits) {
+  const TinyModel tiny(true);
+  const auto layer = [&](uint64_t seed) {
+    const QuantizeOptions options = rotated_unrounded(seed);
+    const ModelBasis basis(options, tiny.model().config);
+    return fold_layer(tiny.model(), 0, options, basis);
+  };
+  EXPECT_NE(layer(1).linears[kWq].data, layer(2).linears[kWq].data);
+  EXPECT_NE(layer(1).linears[kWo].data, layer(2).linears[kWo].data);
+  EXPECT_LT(rotation_error(tiny.model(), rotated_unrounded(99)), kMaxRotationError);
+}
+
+TEST(RotatedModel, AKeptDownProjectionNeedsNoOnlineTransform) {
+  const TinyModel tiny(true);
+  QuantizeOptions options = rotated_unrounded(1);
+  options.keep = {"layers.1.w_down"};
+  TempDir folder;
+  CpuBackend backend(2);
+  quantize_model(tiny.model(), options, nullptr, 0, backend, folder / "m.tq", false, {});
+  const Model rotated = load_tq_file(folder / "m.tq");
+  EXPECT_TRUE(rotated.layers[0].w_down.input.active());
+  EXPECT_FALSE(rotated.layers[1].w_down.input.active());
+  const auto ids = random_ids(24, 96, 17);
+  // The kept weight is rounded to f16: 2^-12 relative.
+  EXPECT_LT(relative_error(all_logits(rotated, ids), all_logits(tiny.model(), ids)), 1e-2);
+}
+
+TEST(RotatedModel, RotationFlattensHeavyTails) {
+  // What rotations are for: the same 4 bits lose less in the rotated basis.
+  const TinyModel tiny(true);
+  double snr[2];
+  for (int rotated : {0, 1}) {
+    QuantizeOptions options = method_preset("rtn");
+    options.basis = rotated ? Basis::kHadamard : Basis::kNone;
+    options.group = 128;
+    const ModelBasis basis(options, tiny.model().config);
+    const FloatLayer layer = fold_layer(tiny.model(), 0, options, basis);
+    snr[rotated] = quantize_layer(layer, 0, options, tiny.model().config, nullptr, [] {})
+                       .reports[kWq]
+                       .weight_snr_db;
+  }
+  EXPECT_GT(snr[1], snr[0]);
+}
+
+}  // namespace
+}  // namespace tq

@@ -1,0 +1,353 @@
+// cmd_quantize - `tq quantize`: a Hugging Face folder to one .tq file.
+//
+// This file is the command line, the checks before work, progress and the report; the work is
+// quant/pipeline.h. Everything that can be refused is refused before anything is computed.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <optional>
+
+#include "cpu/cpu_backend.h"
+#include "model/atomic_file.h"
+#include "model/error.h"
+#include "model/tq_file.h"
+#include "quant/pipeline.h"
+#include "quant/preflight.h"
+#include "tools/commands.h"
+#include "tools/runtime.h"
+
+namespace tq {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Options as typed; absent ones keep the method's default.
+struct QuantizeArguments {
+  std::string folder, output, method = "quarot", report, calib;
+  std::optional<std::string> rounding, basis;
+  std::optional<int64_t> rank;
+  std::optional<int> branch_bits, bits_w, bits_a, embed_bits, head_bits;
+  std::optional<int64_t> group, calib_samples, calib_length;
+  std::vector<std::string> keep;
+  uint64_t seed = 0;
+  int threads = 0;
+  bool dry_run = false, resume = false, force = false, quiet = false;
+};
+
+template <typename T, typename U>
+void override_with(T& target, const std::optional<U>& value) {
+  if (value) target = *value;
+}
+
+QuantizeOptions make_options(const QuantizeArguments& args, const Config& config) {
+  QuantizeOptions options = method_preset(args.method);
+  const auto contradiction = [&](const std::string& option) {
+    throw Error(ErrorKind::kUsage, "usage", "tq quantize",
+                option + " contradicts --method " + args.method);
+  };
+  if (args.method == "none" && (args.rounding || args.bits_w == 4 || args.bits_w == 8)) {
+    contradiction(args.rounding ? "--rounding" : "--bits-w " + std::to_string(*args.bits_w));
+  }
+  if (args.rounding) {
+    options.rounding = *args.rounding == "gptq" ? RoundingKind::kGptq : RoundingKind::kNearest;
+  }
+  if (args.basis) options.basis = *args.basis == "hadamard" ? Basis::kHadamard : Basis::kNone;
+  override_with(options.bits_w, args.bits_w);
+  if (options.bits_w >= 16 && options.rounding != RoundingKind::kStore) {
+    if (args.rounding) contradiction("--rounding with --bits-w " + std::to_string(options.bits_w));
+    options.rounding = RoundingKind::kStore;
+    options.bits_a = 16;
+    if (!args.rank) options.rank = 0;
+  }
+  override_with(options.bits_a, args.bits_a);
+  override_with(options.rank, args.rank);
+  override_with(options.branch_bits, args.branch_bits);
+  if (args.branch_bits && options.rank == 0) {
+    throw Error(ErrorKind::kUsage, "usage", "tq quantize", "--branch-bits without a branch",
+                "give --rank, or --method svdquant");
+  }
+  if (args.basis && args.method == "none" && options.basis != Basis::kNone)
+    contradiction("--basis");
+  override_with(options.group, args.group);
+  // A tied model stores one table: naming one of the two options decides both.
+  if (config.tied && args.embed_bits && !args.head_bits) options.head_bits = *args.embed_bits;
+  if (config.tied && args.head_bits && !args.embed_bits) options.embed_bits = *args.head_bits;
+  override_with(options.embed_bits, args.embed_bits);
+  override_with(options.head_bits, args.head_bits);
+  override_with(options.calib_samples, args.calib_samples);
+  override_with(options.calib_length, args.calib_length);
+  options.keep = args.keep;
+  options.seed = args.seed;
+  const long cores = sysconf(_SC_NPROCESSORS_ONLN);
+  options.threads = args.threads > 0 ? args.threads : static_cast<int>(std::max(1L, cores));
+  check_options(options, config);
+  if (!options.needs_calibration() &&
+      (!args.calib.empty() || args.calib_samples || args.calib_length)) {
+    throw Error(ErrorKind::kUsage, "usage", "tq quantize",
+                "calibration options have no effect without --rounding gptq");
+  }
+  return options;
+}
+
+std::vector<std::string> files_of(const std::string& folder) {
+  std::vector<std::string> files;
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
+    files.push_back(entry.path().string());
+  }
+  return files;
+}
+
+Model open_source(const std::string& folder) {
+  if (!std::filesystem::is_directory(folder) && looks_like_tq(folder)) {
+    throw Error(ErrorKind::kBadData, "already quantized", folder, "it is a .tq file",
+                "give the original Hugging Face folder");
+  }
+  return load_hf_folder(folder);
+}
+
+Calibration make_calibration(const QuantizeArguments& args, const QuantizeOptions& options,
+                             const Model& model, const Tokenizer& tokenizer) {
+  const std::string where = args.calib.empty() ? "built-in calibration text" : args.calib;
+  const std::string text =
+      args.calib.empty() ? std::string(builtin_calibration_text()) : read_input_text(args.calib);
+  if (text.empty()) throw Error(ErrorKind::kBadData, "calibration text is empty", where, "0 bytes");
+  if (!is_valid_utf8(text)) {
+    throw Error(ErrorKind::kBadData, "calibration text is not UTF-8", where,
+                "it holds bytes that are no valid characters",
+                "convert it, for example with iconv");
+  }
+  return cut_samples(tokenizer.encode(text, false, false), options.calib_samples,
+                     options.calib_length, model.config.vocab_size, where);
+}
+
+// Mapped pages of the source count as resident memory until they are dropped.
+void drop_pages(const Matrix& matrix) {
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(matrix.data) + page - 1) / page * page;
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(matrix.data) + matrix.data_bytes()) / page * page;
+  // The mapping is of a file and read-only, so dropped pages come back unchanged when touched.
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
+std::string megabytes(uint64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f MB", static_cast<double>(bytes) / 1e6);
+  return text;
+}
+
+// One line a layer, or one redrawn line on a terminal.
+class Progress {
+ public:
+  explicit Progress(bool quiet) : quiet_(quiet), terminal_(isatty(STDERR_FILENO) == 1) {}
+  ~Progress() { clear(); }
+
+  void note(const std::string& sentence) {
+    if (quiet_) return;
+    clear();
+    std::fprintf(stderr, "tq: %s\n", sentence.c_str());
+  }
+
+  void step(int64_t layer, int64_t n_layers, const char* name) {
+    const bool done = *name == '\0';
+    if (quiet_ || (!terminal_ && !done)) return;
+    const double elapsed = std::chrono::duration<double>(Clock::now() - start_).count();
+    const int64_t n_done = layer + done;
+    const double left =
+        n_done > 0 ? elapsed / static_cast<double>(n_done) * static_cast<double>(n_layers - n_done)
+                   : 0;
+    char time_left[32] = "";
+    if (n_done > 0) std::snprintf(time_left, sizeof time_left, ", %.0f s left", left);
+    std::fprintf(stderr, "%stq: layer %lld/%lld %-11s %.0f s%s%s", terminal_ ? "\r\x1b[K" : "",
+                 static_cast<long long>(layer + 1), static_cast<long long>(n_layers),
+                 done ? "done" : name, elapsed, time_left, terminal_ ? "" : "\n");
+    line_open_ = terminal_;
+  }
+
+ private:
+  void clear() {
+    if (line_open_) std::fprintf(stderr, "\r\x1b[K");
+    line_open_ = false;
+  }
+  bool quiet_, terminal_, line_open_ = false;
+  Clock::time_point start_ = Clock::now();
+};
+
+void print_plan(const QuantizePlan& plan, const QuantizeOptions& options, const Calibration* calib,
+                const std::string& output) {
+  std::fprintf(stderr, "tq: plan for %s: %s\n", output.c_str(),
+               describe_options(options).dump().c_str());
+  std::fprintf(stderr, "tq: %lld weights in linears, %.4f bits each; tables %s\n",
+               static_cast<long long>(plan.n_linear_weights), plan.bits_per_weight(),
+               megabytes(plan.table_bytes).c_str());
+  if (calib) {
+    std::fprintf(stderr, "tq: calibration on %zu samples, %lld tokens\n", calib->samples.size(),
+                 static_cast<long long>(calib->n_tokens()));
+  }
+  std::fprintf(stderr, "tq: file %s, temporary results %s, memory at most %s\n",
+               megabytes(plan.output_bytes).c_str(), megabytes(plan.resume_bytes).c_str(),
+               megabytes(plan.memory_bytes).c_str());
+}
+
+// Mean over linears of a ratio in decibels, exact ones left out.
+double mean_db(const std::vector<LinearReport>& linears, bool output) {
+  double total = 0;
+  int count = 0;
+  for (const LinearReport& linear : linears) {
+    const double value = output ? linear.output_snr_db.value_or(INFINITY) : linear.weight_snr_db;
+    if (!std::isfinite(value)) continue;
+    total += value;
+    ++count;
+  }
+  return count ? total / count : INFINITY;
+}
+
+void print_summary(const QuantizeResult& result, const std::string& output, double seconds) {
+  std::string quality;
+  if (std::isfinite(mean_db(result.linears, false))) {
+    quality = "; signal to noise " + decibels(mean_db(result.linears, false)) + " dB in weights";
+  }
+  if (std::isfinite(mean_db(result.linears, true))) {
+    quality += ", " + decibels(mean_db(result.linears, true)) + " dB in outputs";
+  }
+  std::fprintf(stderr, "tq: %s: %s, linears %.4f bits per weight%s; %.1f s, peak memory %s\n",
+               output.c_str(), megabytes(result.file_bytes).c_str(), result.bits_per_weight,
+               quality.c_str(), seconds, megabytes(peak_rss_bytes()).c_str());
+}
+
+void write_report(const std::string& path, const QuantizeResult& result, double seconds) {
+  Json json;
+  json["schema"] = 1;
+  json["quantization"] = result.quantization;
+  json["file_bytes"] = result.file_bytes;
+  json["bits_per_weight"] = result.bits_per_weight;
+  json["resumed_layers"] = result.n_resumed;
+  json["seconds"] = seconds;
+  json["peak_rss_bytes"] = peak_rss_bytes();
+  json["linears"] = Json::array();
+  for (const LinearReport& linear : result.linears) json["linears"].push_back(to_json(linear));
+  write_text_file(path, json.dump(2) + "\n");
+}
+
+// The output, and the report if there is one, can be written. Before the model is even opened.
+void check_paths(const QuantizeArguments& args) {
+  std::vector<std::string> inputs = files_of(args.folder);
+  if (!args.calib.empty()) inputs.push_back(args.calib);
+  check_output_path(args.output, inputs, args.force);
+  if (args.report.empty()) return;
+  inputs.push_back(args.output);
+  check_output_path(args.report, inputs, true);
+}
+
+void quantize(const QuantizeArguments& args) {
+  const auto start = Clock::now();
+  method_preset(args.method);  // an unknown method is reported before a missing file
+  check_paths(args);
+  const Model model = open_source(args.folder);
+  const QuantizeOptions options = make_options(args, model.config);
+  const Tokenizer tokenizer = open_tokenizer(model);
+  std::optional<Calibration> calibration;
+  if (options.needs_calibration()) {
+    calibration = make_calibration(args, options, model, tokenizer);
+  }
+  const QuantizePlan plan = make_plan(model, options, calibration ? calibration->n_tokens() : 0);
+  check_disk_space(args.output, plan.output_bytes + plan.resume_bytes);
+  check_memory(plan.memory_bytes);
+  const uint64_t weights_hash = scan_weights(model, [](const Matrix& m) {
+    drop_pages(m);
+    check_interrupted();
+  });
+  if (args.dry_run) {
+    print_plan(plan, options, calibration ? &*calibration : nullptr, args.output);
+    return;
+  }
+  QuantizeResult result;
+  {
+    Progress progress(args.quiet);
+    const QuantizeHooks hooks{
+        [&](const std::string& sentence) { progress.note(sentence); },
+        [&](int64_t layer, int64_t n, const char* name) { progress.step(layer, n, name); },
+        interrupted, drop_pages};
+    CpuBackend backend(options.threads);
+    result = quantize_model(model, options, calibration ? &*calibration : nullptr, weights_hash,
+                            backend, args.output, args.resume, hooks);
+  }
+  const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  if (!args.report.empty()) write_report(args.report, result, seconds);
+  if (!args.quiet) print_summary(result, args.output, seconds);
+}
+
+void add_method_options(CLI::App& command, QuantizeArguments& args) {
+  command.add_option("--method", args.method, "preset: " + method_names())->capture_default_str();
+  command.add_option("--basis", args.basis, "none or hadamard")
+      ->check(CLI::IsMember({"none", "hadamard"}))
+      ->default_str("the method's");
+  command.add_option("--rounding", args.rounding, "rtn or gptq")
+      ->check(CLI::IsMember({"rtn", "gptq"}))
+      ->default_str("the method's");
+  command.add_option("--rank", args.rank, "rank of the low-rank branch, 0 = none")
+      ->check(number_in(0, 4096))
+      ->default_str("svdquant: 32, else 0");
+  command.add_option("--branch-bits", args.branch_bits, "bits of the branch's factors")
+      ->check(CLI::IsMember({16, 8, 4}))
+      ->default_str("16");
+  command.add_option("--bits-w", args.bits_w, "bits of the weights; 16, 32: unrounded")
+      ->check(CLI::IsMember({4, 8, 16, 32}))
+      ->default_str("4");
+  command.add_option("--bits-a", args.bits_a, "bits of the linears' inputs at run time")
+      ->check(CLI::IsMember({4, 8, 16}))
+      ->default_str("8");
+  command.add_option("--group", args.group, "columns that share a scale")
+      ->check(CLI::IsMember({128, 64, 32}))
+      ->default_str("64");
+  command.add_option("--embed-bits", args.embed_bits, "bits of the embedding")
+      ->check(CLI::IsMember({16, 8, 4}))
+      ->default_str("16");
+  command
+      .add_option("--head-bits", args.head_bits,
+                  "bits of the head; with tied embeddings the same table")
+      ->check(CLI::IsMember({16, 8, 4}))
+      ->default_str("16");
+  command.add_option("--keep", args.keep,
+                     "keep linears matching this regular expression at 16 bits, for example "
+                     "layers.0.w_down; may be repeated");
+}
+
+}  // namespace
+
+void add_quantize_command(CLI::App& app) {
+  auto args = std::make_shared<QuantizeArguments>();
+  CLI::App* command = app.add_subcommand("quantize", "a Hugging Face folder to one .tq file");
+  command->add_option("folder", args->folder, "folder with config.json and safetensors")
+      ->required();
+  command->add_option("-o,--output", args->output, "the .tq file to write")->required();
+  add_method_options(*command, *args);
+  command->add_option("--calib", args->calib, "calibration text")->default_str("built in");
+  command->add_option("--calib-samples", args->calib_samples, "windows of text to calibrate on")
+      ->check(number_in(1, 1 << 20))
+      ->default_str(std::to_string(QuantizeOptions{}.calib_samples));
+  command->add_option("--calib-length", args->calib_length, "tokens a window")
+      ->check(number_in(1, 1 << 20))
+      ->default_str(std::to_string(QuantizeOptions{}.calib_length));
+  command->add_option("--seed", args->seed, "of random rotations")->capture_default_str();
+  command->add_option("--threads", args->threads, "CPU threads; 0 = all cores; never changes bytes")
+      ->check(number_in(0, 1024))
+      ->capture_default_str();
+  command->add_flag("--dry-run", args->dry_run, "check everything, print the plan, write nothing");
+  command->add_flag("--resume", args->resume, "continue an interrupted run (OUTPUT.resume)");
+  command->add_flag("--force", args->force, "replace an existing output");
+  command->add_option("--report", args->report, "write distortion of every linear as JSON");
+  command->add_flag("-q,--quiet", args->quiet, "nothing on stderr but errors");
+  command->footer(
+      "While calibrating, finished layers are kept in OUTPUT.resume/ and removed at the end.");
+  command->callback([args] { quantize(*args); });
+}
+
+}  // namespace tq
