@@ -1,9 +1,13 @@
 // hf_folder - a Hugging Face model folder as an unquantized Model, and load_model(), the one door
-// for both kinds of input. Everything is validated before anything runs.
-#include <cmath>
+// for folders and .tq files (both in weights.h).
+//
+// Config, tensor names, shapes and dtypes are validated before anything runs. The contents of
+// tokenizer.json are not looked at: see tokenizer/tokenizer.h.
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <set>
+#include <string_view>
 
 #include "model/error.h"
 #include "model/safetensors.h"
@@ -22,11 +26,37 @@ std::string optional_text(const std::string& path) {
 }
 
 std::string required_text(const std::string& folder, const std::string& name) {
-  std::string text = optional_text(folder + "/" + name);
-  if (text.empty()) {
-    throw Error(ErrorKind::kBadData, "not a model folder", folder, name + " not found or empty");
+  const std::string path = folder + "/" + name;
+  std::error_code ignored;
+  if (!std::filesystem::exists(path, ignored)) {
+    throw Error(ErrorKind::kBadData, "not a model folder", folder, name + " not found");
   }
+  std::string text = read_text_file(path, kMaxTextBytes);
+  if (text.empty()) throw Error(ErrorKind::kBadData, "bad model folder", path, "the file is empty");
   return text;
+}
+
+bool starts_with(const std::string& path, std::string_view magic) {
+  std::ifstream file(path, std::ios::binary);
+  std::string begin(magic.size(), '\0');
+  return file.read(begin.data(), static_cast<std::streamsize>(begin.size())) && begin == magic;
+}
+
+void check_is_folder(const std::string& path) {
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored)) return;
+  if (!std::filesystem::exists(path, ignored)) {
+    throw Error(ErrorKind::kIo, "model folder does not exist", path,
+                "expected a folder with config.json, tokenizer.json and safetensors files");
+  }
+  const bool gguf = starts_with(path, "GGUF");
+  if (gguf || looks_like_tq(path)) {
+    throw Error(ErrorKind::kBadData, "model is already quantized", path,
+                gguf ? "it is a GGUF file" : "it is a .tq file",
+                "give the original Hugging Face folder");
+  }
+  throw Error(ErrorKind::kIo, "not a model folder", path,
+              "it is a file, expected a folder with config.json and safetensors files");
 }
 
 // What the views of a folder's Model point to.
@@ -35,6 +65,18 @@ struct Shards {
   SafetensorsFolder shards;
   std::vector<AlignedBuffer> copies;  // tensors whose bytes are not aligned in the file
 };
+
+// Bit for bit if stored alike, else by value: an exporter may widen one copy of a shared matrix.
+bool same_values(const Matrix& a, const Matrix& b) {
+  if (a.storage == b.storage) return std::memcmp(a.data, b.data, a.data_bytes()) == 0;
+  std::vector<float> row_a(static_cast<size_t>(a.cols)), row_b(static_cast<size_t>(b.cols));
+  for (int64_t row = 0; row < a.rows; ++row) {
+    matrix_row_f32(a, row, row_a.data());
+    matrix_row_f32(b, row, row_b.data());
+    if (row_a != row_b) return false;
+  }
+  return true;
+}
 
 class FolderReader {
  public:
@@ -87,17 +129,14 @@ class FolderReader {
       if (!present) {
         throw Error(ErrorKind::kBadData, "weight is missing", folder_,
                     name + ", and config.json does not tie it to the embedding",
-                    "if the model shares them, set \"tie_word_embeddings\": true");
+                    "if the model shares them, set \"tie_word_embeddings\": true in config.json");
       }
       return matrix(name, config_.vocab_size, config_.dim);
     }
-    if (present) {
-      const Matrix head = matrix(name, config_.vocab_size, config_.dim);
-      if (head.storage != tok_embed.storage ||
-          std::memcmp(head.data, tok_embed.data, head.data_bytes()) != 0) {
-        throw Error(ErrorKind::kBadData, "tied embeddings contradict the weights", folder_,
-                    "tie_word_embeddings is true, but lm_head.weight differs from the embedding");
-      }
+    if (present && !same_values(matrix(name, config_.vocab_size, config_.dim), tok_embed)) {
+      throw Error(ErrorKind::kBadData, "tied embeddings contradict the weights", folder_,
+                  "tie_word_embeddings is true, but lm_head.weight differs from the embedding",
+                  "if the model does not share them, set \"tie_word_embeddings\": false");
     }
     return tok_embed;
   }
@@ -131,13 +170,18 @@ class FolderReader {
 
   // A tensor that we would not read is a part of the model that we would leave out.
   void check_nothing_left() const {
+    std::vector<std::string> left;
     for (const std::string& name : storage_->shards.names()) {
-      if (used_.count(name)) continue;
-      // Recomputable tables that old exporters stored.
-      if (name.ends_with(".rotary_emb.inv_freq")) continue;
-      throw Error(ErrorKind::kBadData, "weight not supported", folder_,
-                  name + " is not part of a plain Llama or Qwen3 model");
+      // rotary_emb: recomputable tables that old exporters stored.
+      if (!used_.count(name) && !name.ends_with(".rotary_emb.inv_freq")) left.push_back(name);
     }
+    if (left.empty()) return;
+    const std::string more =
+        left.size() > 1 ? " and " + std::to_string(left.size() - 1) + " more" : "";
+    throw Error(ErrorKind::kBadData, "weight not supported", folder_,
+                left[0] + more + ": not part of the " +
+                    (config_.arch == Arch::kQwen3 ? "Qwen3" : "Llama") +
+                    " model that config.json describes");
   }
 
   std::string folder_;
@@ -148,23 +192,8 @@ class FolderReader {
 
 }  // namespace
 
-void check_finite(const Matrix& matrix, const std::string& name, const std::string& where) {
-  std::vector<float> row(static_cast<size_t>(matrix.cols));
-  int64_t count = 0, first = -1;
-  for (int64_t r = 0; r < matrix.rows; ++r) {
-    matrix_row_f32(matrix, r, row.data());
-    for (int64_t c = 0; c < matrix.cols; ++c) {
-      if (std::isfinite(row[static_cast<size_t>(c)])) continue;
-      if (count++ == 0) first = r * matrix.cols + c;
-    }
-  }
-  if (count == 0) return;
-  throw Error(ErrorKind::kBadData, "weights are not finite", where,
-              name + " has " + std::to_string(count) + " NaN or infinite values, the first at " +
-                  std::to_string(first));
-}
-
 Model load_hf_folder(const std::string& folder) {
+  check_is_folder(folder);
   ModelTexts texts;
   texts.config = required_text(folder, "config.json");
   const Config config = parse_config(texts.config, folder + "/config.json");
@@ -181,22 +210,22 @@ Model load_hf_folder(const std::string& folder) {
 }
 
 Model load_model(const std::string& path) {
-  namespace fs = std::filesystem;
-  std::error_code error;
-  const fs::file_status status = fs::status(path, error);
-  if (!fs::exists(status)) {
-    throw Error(ErrorKind::kIo, "no such model", path,
+  std::error_code ignored;
+  if (!std::filesystem::exists(path, ignored)) {
+    throw Error(ErrorKind::kIo, "model does not exist", path,
                 "expected a .tq file or a Hugging Face model folder");
   }
-  if (fs::is_directory(status)) return load_hf_folder(path);
+  if (std::filesystem::is_directory(path, ignored)) return load_hf_folder(path);
   if (looks_like_tq(path)) return load_tq_file(path);
-  const MappedFile file(path);
-  const std::string_view begin(reinterpret_cast<const char*>(file.data()),
-                               std::min<size_t>(file.size(), 16));
-  std::string hint = "make one with: tq quantize HF_DIR -o model.tq";
-  if (begin.starts_with("GGUF")) hint = "a GGUF file; tq reads Hugging Face folders";
-  if (path.ends_with(".safetensors")) hint = "give the folder that holds the safetensors file";
-  throw Error(ErrorKind::kBadData, "not a model", path, "not a .tq file", hint);
+  std::string why = "neither a .tq file nor a model folder", hint;
+  if (starts_with(path, "GGUF")) {
+    why = "it is a GGUF file";
+    hint = "tq reads .tq files and Hugging Face folders";
+  } else if (path.ends_with(".safetensors")) {
+    why = "it is a single safetensors file";
+    hint = "give the folder that holds it, with config.json and tokenizer.json";
+  }
+  throw Error(ErrorKind::kBadData, "not a model", path, why, hint);
 }
 
 }  // namespace tq

@@ -49,7 +49,8 @@ struct Entry {
 
 uint64_t unsigned_value(const Json& json, const std::string& path, const std::string& what) {
   if (!json.is_number_unsigned()) {
-    throw bad(path, what + " is " + json.dump().substr(0, 40) + ", expected a whole number >= 0");
+    const std::string text = json.is_structured() ? "not a number" : json.dump().substr(0, 40);
+    throw bad(path, what + " is " + text + ", expected a whole number >= 0");
   }
   return json.get<uint64_t>();
 }
@@ -67,25 +68,25 @@ Entry parse_entry(const std::string& path, const std::string& name, const Json& 
   const uint64_t bits = dtype_bits(entry.dtype);
   if (bits == 0) throw bad(path, tensor + ": unknown dtype " + entry.dtype);
 
-  if (!json["shape"].is_array()) throw bad(path, tensor + ": shape is not an array");
-  // A product is allowed to be zero only because a dimension is: a wrapped product is not.
-  uint64_t count = 1;
-  bool overflow = false;
-  bool has_zero = false;
-  for (const Json& size : json["shape"]) {
-    const uint64_t value = unsigned_value(size, path, tensor + ": a dimension");
-    if (value > static_cast<uint64_t>(INT64_MAX)) overflow = true;
-    if (value == 0) has_zero = true;
-    entry.shape.push_back(static_cast<int64_t>(value));
-  }
-  for (int64_t size : entry.shape) {
-    if (!has_zero && __builtin_mul_overflow(count, static_cast<uint64_t>(size), &count)) {
-      overflow = true;
+  for (const auto& [key, value] : json.items()) {
+    if (key != "dtype" && key != "shape" && key != "data_offsets") {
+      throw bad(path, tensor + ": unknown field " + key);
     }
   }
-  if (has_zero) count = 0;
+
+  if (!json["shape"].is_array()) throw bad(path, tensor + ": shape is not an array");
+  // Multiplied in order and within int64, as TensorView::n_elements() will: a product is zero only
+  // if a dimension is, never because it wrapped.
+  int64_t count = 1;
+  bool overflow = false;
+  for (const Json& size : json["shape"]) {
+    const uint64_t value = unsigned_value(size, path, tensor + ": a dimension");
+    overflow = overflow || value > static_cast<uint64_t>(INT64_MAX) ||
+               __builtin_mul_overflow(count, static_cast<int64_t>(value), &count);
+    entry.shape.push_back(static_cast<int64_t>(value));
+  }
   uint64_t total_bits = 0;
-  if (overflow || __builtin_mul_overflow(count, bits, &total_bits)) {
+  if (overflow || __builtin_mul_overflow(static_cast<uint64_t>(count), bits, &total_bits)) {
     throw bad(path, tensor + ": the size of its shape overflows 64 bits");
   }
   if (total_bits % 8 != 0) throw bad(path, tensor + ": its size is not a whole number of bytes");
@@ -159,7 +160,7 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path) {
               "incomplete download?");
   }
   const std::string_view text(reinterpret_cast<const char*>(file_.data() + 8), header_bytes);
-  const Json header = parse_json(text, path);
+  const Json header = parse_json(text, path + " header");
   if (!header.is_object()) throw bad(path, "the header is not a JSON object");
   std::vector<Entry> entries;
   for (const auto& item : header.items()) {
@@ -173,7 +174,8 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path) {
   std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
     return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;
   });
-  check_contiguous(path, entries, file_.size() - 8 - header_bytes);
+  data_bytes_ = file_.size() - 8 - header_bytes;
+  check_contiguous(path, entries, data_bytes_);
   const std::byte* data = file_.data() + 8 + header_bytes;
   for (Entry& entry : entries) {
     const DType dtype = entry.dtype == "F32"    ? DType::kF32
@@ -220,11 +222,17 @@ SafetensorsFolder::SafetensorsFolder(const std::string& folder) : folder_(folder
   if (fs::exists(index, ignored)) {
     shard_of = read_index(index);
     for (const auto& [tensor, shard] : shard_of) shards.insert(shard);
+    if (fs::exists(single, ignored) && !shards.count("model.safetensors")) {
+      throw Error(ErrorKind::kBadData, "two sets of weights", folder,
+                  "model.safetensors and model.safetensors.index.json are both there",
+                  "remove the one that is not meant");
+    }
   } else if (fs::exists(single, ignored)) {
     shards.insert("model.safetensors");
   } else {
     throw Error(ErrorKind::kBadData, "no weights", folder,
-                "neither model.safetensors nor model.safetensors.index.json is there");
+                "neither model.safetensors nor model.safetensors.index.json is there",
+                "tq reads safetensors only, no .bin or .pth files");
   }
   std::string missing;
   for (const std::string& shard : shards) {
@@ -303,7 +311,7 @@ std::vector<std::string> SafetensorsFolder::paths() const {
 
 uint64_t SafetensorsFolder::n_bytes() const {
   uint64_t bytes = 0;
-  for (const auto& file : files_) bytes += file->file().size();
+  for (const auto& file : files_) bytes += file->data_bytes();
   return bytes;
 }
 

@@ -22,9 +22,11 @@ class SafetensorsFile {
   const std::map<std::string, TensorView>& tensors() const { return tensors_; }
   const std::map<std::string, std::string>& other_dtypes() const { return other_dtypes_; }
   const MappedFile& file() const { return file_; }
+  uint64_t data_bytes() const { return data_bytes_; }  // of all tensors
 
  private:
   MappedFile file_;
+  uint64_t data_bytes_ = 0;
   std::map<std::string, TensorView> tensors_;
   std::map<std::string, std::string> other_dtypes_;  // tensor name -> dtype we cannot use
 };

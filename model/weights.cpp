@@ -3,10 +3,8 @@
 #include "model/weights.h"
 
 #include <cmath>
-#include <filesystem>
 
 #include "model/error.h"
-#include "model/tq_file.h"
 
 namespace tq {
 
@@ -52,6 +50,24 @@ void matrix_row_f32(const Matrix& matrix, int64_t row, float* out) {
     out[col] =
         f16_to_f32(scales[col / matrix.group]) * static_cast<float>(packed_code(matrix, row, col));
   }
+}
+
+void check_finite(const Matrix& matrix, const std::string& name, const std::string& where) {
+  std::vector<float> values(static_cast<size_t>(matrix.cols));
+  int64_t count = 0, first_row = 0, first_col = 0;
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    matrix_row_f32(matrix, row, values.data());
+    for (int64_t col = 0; col < matrix.cols; ++col) {
+      if (std::isfinite(values[static_cast<size_t>(col)])) continue;
+      if (count++ > 0) continue;
+      first_row = row;
+      first_col = col;
+    }
+  }
+  if (count == 0) return;
+  throw Error(ErrorKind::kBadData, "weights are not finite", where,
+              name + " has " + std::to_string(count) + " NaN or infinite values, the first at [" +
+                  std::to_string(first_row) + ", " + std::to_string(first_col) + "]");
 }
 
 }  // namespace tq
