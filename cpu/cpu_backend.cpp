@@ -1,0 +1,254 @@
+// cpu_backend - see cpu_backend.h. Each operation divides rows or elements among threads and calls
+// a kernel; the three large ones are in linear.cpp, attention.cpp and hadamard.cpp.
+#include "cpu/cpu_backend.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "cpu/attention.h"
+#include "cpu/ops.h"
+#include "model/error.h"
+
+namespace tq {
+namespace {
+
+// Entering a parallel region takes a few microseconds; below this many floats one thread is faster.
+constexpr int64_t kFloatsForThreads = 16384;
+// Elements handed to a thread at a time by the flat operations.
+constexpr int64_t kFlatChunk = 4096;
+
+class CpuTable : public PreparedTable {
+ public:
+  explicit CpuTable(const Matrix& matrix) : matrix(matrix) {}
+  Matrix matrix;
+};
+
+class CpuTransform : public PreparedTransform {
+ public:
+  explicit CpuTransform(const Transform& transform) : transform(transform) {}
+  FastTransform transform;
+};
+
+template <typename To, typename From>
+To& cast(From& object) {
+  auto* own = dynamic_cast<std::remove_reference_t<To>*>(&object);
+  TQ_CHECK(own != nullptr, "prepared by another backend");
+  return *own;
+}
+
+void check_size(const CpuBuffer& buffer, int64_t n_floats) {
+  TQ_CHECK(n_floats >= 0 && n_floats <= buffer.size(), "buffer too small");
+}
+
+}  // namespace
+
+CpuBackend::CpuBackend(int n_threads, CpuIsa isa)
+    : n_threads_(n_threads > 0 ? n_threads : omp_get_max_threads()), kernels_(kernels_for(isa)) {
+  if (!isa_supported(isa)) {
+    throw Error(ErrorKind::kUsage, "instruction set not available", isa_name(isa),
+                "this processor does not have it");
+  }
+}
+
+std::string CpuBackend::name() const {
+  return std::string("cpu (") + isa_name(kernels_.isa) + ", " + std::to_string(n_threads_) +
+         (n_threads_ == 1 ? " thread)" : " threads)");
+}
+
+int CpuBackend::threads_for(int64_t n_floats) const {
+  return n_floats < kFloatsForThreads ? 1 : n_threads_;
+}
+
+BufferPtr CpuBackend::alloc(int64_t n_floats) {
+  TQ_CHECK(n_floats >= 0);
+  if (n_floats <= std::numeric_limits<int64_t>::max() / 8) {
+    try {
+      return std::make_unique<CpuBuffer>(n_floats);
+    } catch (const std::bad_alloc&) {
+    }
+  }
+  throw Error(ErrorKind::kResource, "not enough memory", "activations",
+              "needs " + std::to_string(n_floats) + " floats", "use a smaller --ctx");
+}
+
+void CpuBackend::upload(DeviceBuffer& dst, std::span<const float> src) {
+  CpuBuffer& buffer = as_cpu(dst);
+  check_size(buffer, static_cast<int64_t>(src.size()));
+  if (!src.empty()) std::memcpy(buffer.data(), src.data(), src.size_bytes());
+}
+
+void CpuBackend::download(const DeviceBuffer& src, int64_t offset, std::span<float> out) {
+  const CpuBuffer& buffer = as_cpu(src);
+  TQ_CHECK(offset >= 0);
+  check_size(buffer, offset + static_cast<int64_t>(out.size()));
+  if (!out.empty()) std::memcpy(out.data(), buffer.data() + offset, out.size_bytes());
+}
+
+std::unique_ptr<PreparedLinear> CpuBackend::prepare(const Linear& linear) {
+  return std::make_unique<CpuLinear>(linear);
+}
+
+std::unique_ptr<PreparedTable> CpuBackend::prepare_table(const Matrix& table) {
+  return std::make_unique<CpuTable>(table);
+}
+
+std::unique_ptr<PreparedTransform> CpuBackend::prepare_transform(const Transform& transform) {
+  return std::make_unique<CpuTransform>(transform);
+}
+
+std::unique_ptr<KvCache> CpuBackend::make_kv_cache(const Config& config, int64_t ctx, int kv_bits) {
+  return std::make_unique<CpuKvCache>(config, ctx, kv_bits);
+}
+
+int64_t CpuBackend::kv_bytes(const Config& config, int64_t ctx, int kv_bits) const {
+  return CpuKvCache::n_bytes(config, ctx, kv_bits);
+}
+
+void CpuBackend::embed(const PreparedTable& table, std::span<const int32_t> tokens,
+                       DeviceBuffer& x) {
+  const Matrix& matrix = cast<const CpuTable>(table).matrix;
+  CpuBuffer& out = as_cpu(x);
+  const int64_t rows = static_cast<int64_t>(tokens.size());
+  check_size(out, rows * matrix.cols);
+  for (int32_t token : tokens) TQ_CHECK(token >= 0 && token < matrix.rows);
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows* matrix.cols))
+  for (int64_t row = 0; row < rows; ++row) {
+    expand_row(kernels_, matrix, tokens[static_cast<size_t>(row)], out.data() + row * matrix.cols);
+  }
+}
+
+void CpuBackend::rms_norm(const DeviceBuffer& x, const DeviceBuffer& gain, float eps, int64_t rows,
+                          int64_t cols, DeviceBuffer& out) {
+  const float *from = as_cpu(x).data(), *gains = as_cpu(gain).data();
+  float* to = as_cpu(out).data();
+  check_size(as_cpu(x), rows * cols);
+  check_size(as_cpu(gain), cols);
+  check_size(as_cpu(out), rows * cols);
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows* cols))
+  for (int64_t row = 0; row < rows; ++row) {
+    const float factor = inverse_rms(from + row * cols, cols, eps);
+    kernels_.scale_gain(from + row * cols, factor, gains, cols, to + row * cols);
+  }
+}
+
+void CpuBackend::linears(std::span<const PreparedLinear* const> weights, const DeviceBuffer& x,
+                         int64_t rows, std::span<DeviceBuffer* const> out) {
+  TQ_CHECK(!weights.empty() && weights.size() == out.size());
+  std::vector<const CpuLinear*> linears;
+  std::vector<float*> outputs;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    linears.push_back(&cast<const CpuLinear>(*weights[i]));
+    CpuBuffer& buffer = as_cpu(*out[i]);
+    check_size(buffer, rows * linears[i]->linear().out_dim());
+    outputs.push_back(buffer.data());
+  }
+  check_size(as_cpu(x), rows * linears[0]->linear().in_dim());
+  run_linears(kernels_, linears, as_cpu(x).data(), rows, outputs, n_threads_, linear_scratch_);
+}
+
+void CpuBackend::prepare_angles(const RopeTable& table, int64_t half, int64_t pos0, int64_t rows) {
+  if (angles_.pos0 == pos0 && angles_.rows == rows && angles_.inv_freq == table.inv_freq &&
+      angles_.attention_factor == table.attention_factor) {
+    return;
+  }
+  angles_.inv_freq = table.inv_freq;
+  angles_.attention_factor = table.attention_factor;
+  angles_.pos0 = pos0;
+  angles_.rows = rows;
+  angles_.cos.resize(static_cast<size_t>(rows * half));
+  angles_.sin.resize(static_cast<size_t>(rows * half));
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows* half * 16))
+  for (int64_t row = 0; row < rows; ++row) {
+    rope_angles(pos0 + row, angles_.inv_freq.data(), half, table.attention_factor,
+                angles_.cos.data() + row * half, angles_.sin.data() + row * half);
+  }
+}
+
+void CpuBackend::rope(DeviceBuffer& x, int64_t rows, int64_t n_heads, int64_t head_dim,
+                      int64_t pos0, const RopeTable& table) {
+  const int64_t half = head_dim / 2;
+  TQ_CHECK(head_dim % 2 == 0 && static_cast<int64_t>(table.inv_freq.size()) == half);
+  check_size(as_cpu(x), rows * n_heads * head_dim);
+  prepare_angles(table, half, pos0, rows);
+  float* data = as_cpu(x).data();
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows* n_heads* head_dim))
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t head = 0; head < n_heads; ++head) {
+      kernels_.rope(data + (row * n_heads + head) * head_dim, angles_.cos.data() + row * half,
+                    angles_.sin.data() + row * half, half);
+    }
+  }
+}
+
+void CpuBackend::attention(const DeviceBuffer& q, const DeviceBuffer& k, const DeviceBuffer& v,
+                           const Config& config, KvCache& cache, int64_t layer, int64_t pos0,
+                           int64_t rows, DeviceBuffer& out) {
+  check_size(as_cpu(q), rows * config.q_dim());
+  check_size(as_cpu(k), rows * config.kv_dim());
+  check_size(as_cpu(v), rows * config.kv_dim());
+  check_size(as_cpu(out), rows * config.q_dim());
+  const AttentionCall call = {as_cpu(q).data(),
+                              as_cpu(k).data(),
+                              as_cpu(v).data(),
+                              as_cpu(out).data(),
+                              config.n_heads,
+                              config.n_kv_heads,
+                              config.head_dim,
+                              layer,
+                              pos0,
+                              rows};
+  attend(kernels_, cast<CpuKvCache>(cache), call, n_threads_, attention_scratch_);
+}
+
+void CpuBackend::silu_mul(DeviceBuffer& gate, const DeviceBuffer& up, int64_t count) {
+  check_size(as_cpu(gate), count);
+  check_size(as_cpu(up), count);
+  float* data = as_cpu(gate).data();
+  const float* factors = as_cpu(up).data();
+#pragma omp parallel for schedule(static) num_threads(threads_for(4 * count))
+  for (int64_t begin = 0; begin < count; begin += kFlatChunk) {
+    kernels_.silu_mul(data + begin, factors + begin, std::min(kFlatChunk, count - begin));
+  }
+}
+
+void CpuBackend::add(DeviceBuffer& x, const DeviceBuffer& y, int64_t count) {
+  check_size(as_cpu(x), count);
+  check_size(as_cpu(y), count);
+  float* data = as_cpu(x).data();
+  const float* terms = as_cpu(y).data();
+#pragma omp parallel for schedule(static) num_threads(threads_for(count))
+  for (int64_t begin = 0; begin < count; begin += kFlatChunk) {
+    kernels_.add(data + begin, terms + begin, std::min(kFlatChunk, count - begin));
+  }
+}
+
+void CpuBackend::transform(DeviceBuffer& x, int64_t rows, const PreparedTransform& basis,
+                           bool inverse) {
+  const FastTransform& transform = cast<const CpuTransform>(basis).transform;
+  if (!transform.active()) return;
+  const int64_t size = transform.size(), n_blocks = transform.n_blocks();
+  check_size(as_cpu(x), rows * size);
+  const size_t bytes = static_cast<size_t>(n_threads_ * transform.block()) * sizeof(float);
+  if (transform_scratch_.size() < bytes) transform_scratch_ = AlignedBuffer(bytes);
+  float* data = as_cpu(x).data();
+#pragma omp parallel for schedule(static) num_threads(threads_for(8 * rows * size))
+  for (int64_t item = 0; item < rows * n_blocks; ++item) {
+    float* row = data + item / n_blocks * size;
+    float* scratch = transform_scratch_.as<float>() + omp_get_thread_num() * transform.block();
+    transform.apply_block(kernels_, row, item % n_blocks, inverse, scratch, row);
+  }
+}
+
+void CpuBackend::copy_rows(const DeviceBuffer& src, int64_t first_row, int64_t rows, int64_t cols,
+                           DeviceBuffer& dst) {
+  check_size(as_cpu(src), (first_row + rows) * cols);
+  check_size(as_cpu(dst), rows * cols);
+  std::memcpy(as_cpu(dst).data(), as_cpu(src).data() + first_row * cols,
+              static_cast<size_t>(rows * cols) * sizeof(float));
+}
+
+}  // namespace tq

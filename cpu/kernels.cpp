@@ -1,0 +1,37 @@
+// kernels - the plain table and the choice of table. See kernels.h.
+#include "cpu/kernels.h"
+
+#include "cpu/attention.h"
+#include "cpu/hadamard.h"
+#include "cpu/matmul.h"
+#include "cpu/ops.h"
+#include "cpu/packed_matmul.h"
+
+namespace tq {
+namespace {
+
+constexpr Kernels kPlainKernels = {
+    .isa = CpuIsa::kPlain,
+    .dense = plain_dense,
+    .packed = plain_packed,
+    .round = plain_round,
+    .span = plain_span,
+    .merge = plain_merge,
+    .store_half = plain_store_half,
+    .dequant = plain_dequant,
+    .butterflies = plain_butterflies,
+    .base_stage = plain_base_stage,
+    .silu_mul = plain_silu_mul,
+    .add = plain_add,
+    .scale_gain = plain_scale_gain,
+    .rope = plain_rope,
+};
+
+}  // namespace
+
+const Kernels& kernels_for(CpuIsa isa) {
+  (void)isa;
+  return kPlainKernels;
+}
+
+}  // namespace tq
