@@ -1,5 +1,6 @@
 // tq - the command line. Parses, dispatches to cmd_<name>.cpp, and turns every failure into one
 // line on stderr and an exit code (model/error.h). Nothing else is printed here.
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <new>
@@ -103,7 +104,10 @@ int run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
     if (help->parsed() || !chosen_command(app)) {
-      CLI::App* topic = help_topic.empty() ? nullptr : app.get_subcommand_no_throw(help_topic);
+      CLI::App* topic = nullptr;
+      for (CLI::App* command : app.get_subcommands({})) {
+        if (command->get_name() == help_topic) topic = command;
+      }
       if (!help_topic.empty() && !topic) {
         throw Error(ErrorKind::kUsage, "unknown command", "tq help", help_topic, "see tq --help");
       }
