@@ -42,21 +42,32 @@ bool starts_with(const std::string& path, std::string_view magic) {
   return file.read(begin.data(), static_cast<std::streamsize>(begin.size())) && begin == magic;
 }
 
-void check_is_folder(const std::string& path) {
-  std::error_code ignored;
-  if (std::filesystem::is_directory(path, ignored)) return;
-  if (!std::filesystem::exists(path, ignored)) {
-    throw Error(ErrorKind::kIo, "model folder does not exist", path,
-                "expected a folder with config.json, tokenizer.json and safetensors files");
+enum class PathKind { kFolder, kFile };
+
+// Throws kIo for what is neither: nothing there, no permission, a pipe (reading it would wait).
+PathKind path_kind(const std::string& path, const std::string& expected) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  const fs::file_status status = fs::status(path, error);
+  if (status.type() == fs::file_type::directory) return PathKind::kFolder;
+  if (status.type() == fs::file_type::regular) return PathKind::kFile;
+  if (status.type() == fs::file_type::not_found) {
+    throw Error(ErrorKind::kIo, "model does not exist", path, "expected " + expected);
   }
+  throw Error(ErrorKind::kIo, "cannot open model", path,
+              error ? error.message() : "neither a file nor a folder", "expected " + expected);
+}
+
+void check_is_folder(const std::string& path) {
+  const std::string expected = "a folder with config.json, tokenizer.json and safetensors files";
+  if (path_kind(path, expected) == PathKind::kFolder) return;
   const bool gguf = starts_with(path, "GGUF");
   if (gguf || looks_like_tq(path)) {
     throw Error(ErrorKind::kBadData, "model is already quantized", path,
                 gguf ? "it is a GGUF file" : "it is a .tq file",
                 "give the original Hugging Face folder");
   }
-  throw Error(ErrorKind::kIo, "not a model folder", path,
-              "it is a file, expected a folder with config.json and safetensors files");
+  throw Error(ErrorKind::kIo, "not a model folder", path, "it is a file, expected " + expected);
 }
 
 // What the views of a folder's Model point to.
@@ -210,12 +221,8 @@ Model load_hf_folder(const std::string& folder) {
 }
 
 Model load_model(const std::string& path) {
-  std::error_code ignored;
-  if (!std::filesystem::exists(path, ignored)) {
-    throw Error(ErrorKind::kIo, "model does not exist", path,
-                "expected a .tq file or a Hugging Face model folder");
-  }
-  if (std::filesystem::is_directory(path, ignored)) return load_hf_folder(path);
+  const PathKind kind = path_kind(path, "a .tq file or a Hugging Face model folder");
+  if (kind == PathKind::kFolder) return load_hf_folder(path);
   if (looks_like_tq(path)) return load_tq_file(path);
   std::string why = "neither a .tq file nor a model folder", hint;
   if (starts_with(path, "GGUF")) {
