@@ -333,6 +333,30 @@ TEST(Regex, AHostilePatternEndsInAnError) {
   EXPECT_LT(seconds_of([&] { EXPECT_THROW(regex.find_all(text, scratch, matches), Error); }), 20.0);
 }
 
+TEST(Regex, AQuadraticPatternRunsIntoTheTimeLimit) {
+  const Regex regex("a*b", "pattern");  // 10^12 steps on this text
+  const std::string text(2'000'000, 'a');
+  RegexScratch scratch(text.size(), 0.1);
+  std::vector<Span> matches;
+  EXPECT_LT(seconds_of([&] { EXPECT_THROW(regex.find_all(text, scratch, matches), Error); }), 20.0);
+}
+
+TEST(Regex, AMatchFarBehindTheStartIsFound) {
+  const Regex regex("b|(?<=é)c|$", "pattern");
+  for (size_t n = 0; n < 200; ++n) {
+    std::string text;
+    for (size_t i = 0; i < n; ++i) text += i % 3 ? "é" : "a";
+    const size_t at = text.size();
+    text += "béc";
+    RegexScratch scratch(text.size());
+    std::vector<Span> matches;
+    regex.find_all(text, scratch, matches);
+    ASSERT_EQ(matches.size(), 2u) << n;
+    EXPECT_EQ(matches[0].begin, at);
+    EXPECT_EQ(matches[1].begin, at + 3);
+  }
+}
+
 TEST(Regex, DeepBacktrackingFallsBackOnTheHeap) {
   const Regex regex("(?:(?:a|b)+c)|.", "pattern");
   const std::string text = std::string(100'000, 'a') + "c";

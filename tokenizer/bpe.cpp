@@ -2,6 +2,7 @@
 #include "tokenizer/bpe.h"
 
 #include <algorithm>
+#include <functional>
 #include <tuple>
 #include <unordered_set>
 
@@ -74,6 +75,7 @@ Bpe Bpe::from_json(const Json& model, bool byte_level, const std::vector<AddedTo
     if (bpe.unk_ < 0) bad_tokenizer("unk_token '" + bpe.unk_token_ + "'", where, "is not in vocab");
   }
   bpe.make_byte_table();
+  bpe.make_inner_pairs();
   if (bpe.n_merges_ == 0) bpe.require_merges(added);
   return bpe;
 }
@@ -194,6 +196,56 @@ void Bpe::make_byte_table() {
   }
 }
 
+// SentencePiece-style tokenizers give the whole text as one piece. Cutting it where no token can
+// reach across gives the same ids and lets the cache work.
+void Bpe::make_inner_pairs() {
+  if (byte_level_ || n_merges_ == 0) return;
+  const auto add_pairs = [&](const std::string& text) {
+    char32_t previous = 0;
+    for (size_t i = 0; i < text.size();) {
+      const Utf8Unit unit = utf8_at(text, i);
+      if (i > 0) inner_pairs_.push_back(uint64_t{previous} << 32 | unit.code);
+      previous = unit.code;
+      i += unit.length;
+    }
+  };
+  // Unknown characters and fallback bytes are symbols that their strings do not spell. If a merge
+  // uses one, nothing is known about where merges end.
+  std::vector<bool> opaque(strings_.size(), false);
+  if (unk_ >= 0) opaque[static_cast<size_t>(unk_)] = true;
+  for (const int32_t id : byte_id_) {
+    if (id >= 0) opaque[static_cast<size_t>(id)] = true;
+  }
+  for (size_t left = 0; left < strings_.size(); ++left) {
+    for (int64_t i = first_merge_[left]; i < first_merge_[left + 1]; ++i) {
+      const Merge& merge = merges_[static_cast<size_t>(i)];
+      if (opaque[left] || opaque[static_cast<size_t>(merge.right)]) return;
+      add_pairs(strings_[static_cast<size_t>(merge.merged)]);
+    }
+  }
+  std::sort(inner_pairs_.begin(), inner_pairs_.end());
+  inner_pairs_.erase(std::unique(inner_pairs_.begin(), inner_pairs_.end()), inner_pairs_.end());
+  can_cut_ = !ignore_merges_;
+}
+
+// End of the first stretch of `text` that can be encoded alone. Between unknown characters there
+// is no cut, because those fuse.
+size_t Bpe::find_cut(std::string_view text) const {
+  Utf8Unit previous = utf8_at(text, 0);
+  for (size_t i = previous.length; i < text.size();) {
+    const Utf8Unit unit = utf8_at(text, i);
+    const uint64_t pair = uint64_t{previous.code} << 32 | unit.code;
+    if (!std::binary_search(inner_pairs_.begin(), inner_pairs_.end(), pair) &&
+        id_of(text.substr(i - previous.length, previous.length)) >= 0 &&
+        id_of(text.substr(i, unit.length)) >= 0) {
+      return i;
+    }
+    previous = unit;
+    i += unit.length;
+  }
+  return text.size();
+}
+
 int32_t Bpe::id_of(std::string_view text) const {
   const auto found = ids_.find(text);
   return found == ids_.end() ? -1 : found->second;
@@ -208,6 +260,16 @@ const Bpe::Merge* Bpe::find_merge(int32_t left, int32_t right) const {
 }
 
 void Bpe::encode(std::string_view piece, Scratch& scratch, std::vector<int32_t>& ids) const {
+  while (can_cut_ && !piece.empty()) {
+    const size_t cut = find_cut(piece);
+    encode_stretch(piece.substr(0, cut), scratch, ids);
+    piece.remove_prefix(cut);
+  }
+  if (!piece.empty()) encode_stretch(piece, scratch, ids);
+}
+
+void Bpe::encode_stretch(std::string_view piece, Scratch& scratch,
+                         std::vector<int32_t>& ids) const {
   const bool cacheable = piece.size() <= kMaxCachedBytes;
   if (cacheable) {
     if (const auto found = scratch.cache.find(piece); found != scratch.cache.end()) {
@@ -299,36 +361,38 @@ void Bpe::merge_symbols(const std::vector<int32_t>& start, Scratch& scratch,
   const auto symbol = [&](int32_t i) -> Scratch::Symbol& {
     return symbols[static_cast<size_t>(i)];
   };
-  // Lowest rank first, then leftmost.
-  const auto later = [](const Scratch::Candidate& a, const Scratch::Candidate& b) {
-    return a.rank != b.rank ? a.rank > b.rank : a.position > b.position;
-  };
+  // Smallest value first: lowest rank, then leftmost.
   const auto consider = [&](int32_t left) {
-    if (const Merge* merge = find_merge(symbol(left).id, symbol(symbol(left).next).id)) {
-      heap.push_back({merge->rank, left, merge->merged});
-      return true;
+    const Merge* merge = find_merge(symbol(left).id, symbol(symbol(left).next).id);
+    if (merge) {
+      heap.push_back(uint64_t{static_cast<uint32_t>(merge->rank)} << 32 |
+                     static_cast<uint32_t>(left));
     }
-    return false;
+    return merge != nullptr;
   };
   for (int32_t i = 0; i + 1 < n; ++i) consider(i);
-  std::make_heap(heap.begin(), heap.end(), later);
+  std::make_heap(heap.begin(), heap.end(), std::greater<>());
   while (!heap.empty()) {
-    const Scratch::Candidate best = heap.front();
-    std::pop_heap(heap.begin(), heap.end(), later);
+    const uint64_t best = heap.front();
+    std::pop_heap(heap.begin(), heap.end(), std::greater<>());
     heap.pop_back();
-    Scratch::Symbol& left = symbol(best.position);
+    const auto position = static_cast<int32_t>(best & 0xFFFFFFFFu);
+    Scratch::Symbol& left = symbol(position);
     if (left.id < 0 || left.next < 0) continue;  // merged away meanwhile
     Scratch::Symbol& right = symbol(left.next);
     const Merge* merge = find_merge(left.id, right.id);
-    if (!merge || merge->merged != best.merged) continue;  // another pair stands here now
+    // Both symbols of a pair only grow, so another rank means that another pair stands here now.
+    if (!merge || static_cast<uint64_t>(merge->rank) != best >> 32) continue;
     left.id = merge->merged;
     left.next = right.next;
     right.id = -1;
-    if (left.next >= 0) symbol(left.next).previous = best.position;
+    if (left.next >= 0) symbol(left.next).previous = position;
     if (left.previous >= 0 && consider(left.previous)) {
-      std::push_heap(heap.begin(), heap.end(), later);
+      std::push_heap(heap.begin(), heap.end(), std::greater<>());
     }
-    if (left.next >= 0 && consider(best.position)) std::push_heap(heap.begin(), heap.end(), later);
+    if (left.next >= 0 && consider(position)) {
+      std::push_heap(heap.begin(), heap.end(), std::greater<>());
+    }
   }
   for (int32_t i = 0; i < n; ++i) {
     if (symbol(i).id >= 0) ids.push_back(symbol(i).id);

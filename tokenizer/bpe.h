@@ -37,9 +37,6 @@ class Bpe {
     struct Symbol {
       int32_t id, previous, next;
     };
-    struct Candidate {
-      int32_t rank, position, merged;
-    };
     struct Cached {
       size_t begin, count;
     };
@@ -48,7 +45,7 @@ class Bpe {
       size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
     };
     std::vector<Symbol> symbols;
-    std::vector<Candidate> heap;
+    std::vector<uint64_t> heap;  // rank << 32 | position of the left symbol
     std::unordered_map<std::string, Cached, Hash, std::equal_to<>> cache;
     std::vector<int32_t> cached_ids;
   };
@@ -64,7 +61,10 @@ class Bpe {
   void read_merges(const Json& json);
   void require_merges(const std::vector<AddedToken>& added) const;
   void make_byte_table();
+  void make_inner_pairs();
   const Merge* find_merge(int32_t left, int32_t right) const;
+  size_t find_cut(std::string_view text) const;
+  void encode_stretch(std::string_view piece, Scratch& scratch, std::vector<int32_t>& ids) const;
   void encode_uncached(std::string_view piece, Scratch& scratch, std::vector<int32_t>& ids) const;
   void byte_symbols(std::string_view piece, std::vector<int32_t>& ids) const;
   void char_symbols(std::string_view piece, std::vector<int32_t>& ids) const;
@@ -80,6 +80,10 @@ class Bpe {
   // the right symbol. No hashing: a hostile file cannot make the look-up slow.
   std::vector<int64_t> first_merge_;
   std::vector<Merge> merges_;
+  // Pairs of characters (first << 32 | second) that stand side by side in some merged token,
+  // sorted. No merge crosses any other pair: text without a pre-tokenizer is cut there.
+  std::vector<uint64_t> inner_pairs_;
+  bool can_cut_ = false;
   std::vector<int32_t> byte_id_;  // [256] id of a byte's letter (or <0xNN>), or -1
   int64_t n_merges_ = 0;
   int32_t unk_ = -1;

@@ -244,11 +244,9 @@ std::string render_chat(ChatKind kind, const std::vector<Message>& messages,
 std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatKind kind,
                                  const std::vector<Message>& messages, const ChatOptions& options,
                                  bool parse_special) {
-  const std::vector<Part> parts = render_parts(kind, messages, options);
+  if (parse_special) return tokenizer.encode(render_chat(kind, messages, options), false, true);
   std::vector<int32_t> ids;
-  std::string text;
-  for (const Part& part : parts) {
-    text += part.text;
+  for (const Part& part : render_parts(kind, messages, options)) {
     if (part.token) {
       const std::optional<int32_t> id = tokenizer.id_of(part.text);
       if (!id) {
@@ -261,7 +259,7 @@ std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatKind kind,
       ids.insert(ids.end(), more.begin(), more.end());
     }
   }
-  return parse_special ? tokenizer.encode(text, false, true) : ids;
+  return ids;
 }
 
 }  // namespace tq

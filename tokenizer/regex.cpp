@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <chrono>
 #include <new>
 
 #include "model/error.h"
@@ -18,8 +19,15 @@ namespace tq {
 constexpr uint32_t kMatchLimit = 10'000'000;
 // The interpreter keeps its backtracking points on the heap; in KiB.
 constexpr uint32_t kHeapLimitKib = 256 * 1024;
+// Time for one encode call: a fixed part and a part for each byte of the text (0.1 MB/s).
+constexpr double kSeconds = 30, kSecondsPerByte = 1e-5;
+// The clock is read after so many starting positions without a match, and so many matches.
+constexpr size_t kStartsPerCall = 64, kMatchesPerCheck = 256;
 
 struct RegexScratch::State {
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point deadline;
+  size_t n_matches = 0;
   pcre2_match_context* context = nullptr;
   pcre2_match_data* data = nullptr;
   ~State() {
@@ -28,7 +36,13 @@ struct RegexScratch::State {
   }
 };
 
-RegexScratch::RegexScratch(size_t text_bytes) : state_(std::make_unique<State>()) {
+RegexScratch::RegexScratch(size_t text_bytes)
+    : RegexScratch(text_bytes, kSeconds + kSecondsPerByte * static_cast<double>(text_bytes)) {}
+
+RegexScratch::RegexScratch(size_t text_bytes, double max_seconds)
+    : state_(std::make_unique<State>()) {
+  state_->deadline = State::Clock::now() + std::chrono::duration_cast<State::Clock::duration>(
+                                               std::chrono::duration<double>(max_seconds));
   state_->context = pcre2_match_context_create(nullptr);
   state_->data = pcre2_match_data_create(1, nullptr);  // only the whole match is asked for
   if (!state_->context || !state_->data) throw std::bad_alloc();
@@ -55,9 +69,9 @@ void Regex::compile(const std::string& pattern) {
   PCRE2_SIZE offset = 0;
   auto compiled = std::make_shared<Code>();
   // MULTILINE: in Ruby syntax ^ and $ always match at line ends.
-  compiled->code =
-      pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
-                    PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE, &code, &offset, context.get());
+  compiled->code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
+                                 PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_USE_OFFSET_LIMIT,
+                                 &code, &offset, context.get());
   if (!compiled->code) {
     char reason[256] = "";
     pcre2_get_error_message(code, reinterpret_cast<PCRE2_UCHAR*>(reason), sizeof reason);
@@ -99,32 +113,49 @@ Regex Regex::literal(const std::string& text, const std::string& where) {
   return regex;
 }
 
+void Regex::give_up(const std::string& reason) const {
+  throw Error(ErrorKind::kBadData, "regular expression gives up on this text", where_,
+              reason + " in '" + shown_ + "'");
+}
+
+bool Regex::match(std::string_view text, size_t at, RegexScratch& scratch, Span& found) const {
+  RegexScratch::State& state = *scratch.state_;
+  pcre2_set_offset_limit(state.context, at + kStartsPerCall);
+  // The caller has checked the text once; checking it again for every match is quadratic.
+  const auto run = [&](uint32_t options) {
+    return pcre2_match(code_->code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
+                       PCRE2_NO_UTF_CHECK | options, state.data, state.context);
+  };
+  int result = run(0);
+  if (result == PCRE2_ERROR_JIT_STACKLIMIT) result = run(PCRE2_NO_JIT);
+  if (result == PCRE2_ERROR_NOMATCH || ++state.n_matches % kMatchesPerCheck == 0) {
+    if (RegexScratch::State::Clock::now() > state.deadline) give_up("it takes too long");
+  }
+  if (result == PCRE2_ERROR_NOMATCH) return false;
+  if (result < 0) {
+    char reason[256] = "";
+    pcre2_get_error_message(result, reinterpret_cast<PCRE2_UCHAR*>(reason), sizeof reason);
+    give_up(reason);
+  }
+  const PCRE2_SIZE* bounds = pcre2_get_ovector_pointer(state.data);
+  found = {bounds[0], bounds[1]};
+  return true;
+}
+
 void Regex::find_all(std::string_view text, RegexScratch& scratch,
                      std::vector<Span>& matches) const {
-  const auto subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   size_t at = 0, last_end = std::string_view::npos;
   while (at <= text.size()) {
-    const auto match = [&](uint32_t options) {
-      // The caller has checked the text once; checking it again for every match is quadratic.
-      return pcre2_match(code_->code, subject, text.size(), at, PCRE2_NO_UTF_CHECK | options,
-                         scratch.state_->data, scratch.state_->context);
-    };
-    int result = match(0);
-    if (result == PCRE2_ERROR_JIT_STACKLIMIT) result = match(PCRE2_NO_JIT);
-    if (result == PCRE2_ERROR_NOMATCH) return;
-    if (result < 0) {
-      char reason[256] = "";
-      pcre2_get_error_message(result, reinterpret_cast<PCRE2_UCHAR*>(reason), sizeof reason);
-      throw Error(ErrorKind::kBadData, "regular expression gives up on this text", where_,
-                  std::string(reason) + " in '" + shown_ + "'");
-    }
-    const PCRE2_SIZE* bounds = pcre2_get_ovector_pointer(scratch.state_->data);
-    if (bounds[0] == bounds[1] && bounds[1] == last_end) {
+    Span found;
+    if (!match(text, at, scratch, found)) {
+      at += kStartsPerCall + 1;
+      while (at < text.size() && (static_cast<unsigned char>(text[at]) & 0xC0) == 0x80) ++at;
+    } else if (found.begin == found.end && found.end == last_end) {
       at += at < text.size() ? utf8_at(text, at).length : 1;
-      continue;
+    } else {
+      matches.push_back(found);
+      at = last_end = found.end;
     }
-    matches.push_back({bounds[0], bounds[1]});
-    at = last_end = bounds[1];
   }
 }
 

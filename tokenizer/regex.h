@@ -23,8 +23,10 @@ struct Span {
 class RegexScratch {
  public:
   /// `text_bytes`: size of the whole text. The backtracking limit grows with it, because a run of
-  /// n spaces legitimately costs n steps.
+  /// n spaces legitimately costs n steps. So does the time limit, which real patterns stay 100
+  /// times below; it is there for patterns that are quadratic without much backtracking.
   explicit RegexScratch(size_t text_bytes);
+  RegexScratch(size_t text_bytes, double max_seconds);
   ~RegexScratch();
   RegexScratch(const RegexScratch&) = delete;
   RegexScratch& operator=(const RegexScratch&) = delete;
@@ -46,13 +48,16 @@ class Regex {
 
   /// All matches from left to right, as Oniguruma's find_iter yields them: an empty match is kept
   /// unless it touches the match before it. `text` must be valid UTF-8.
-  /// Throws Error(kBadData) when the backtracking limit is reached.
+  /// Throws Error(kBadData) when a limit of the scratch is reached.
   void find_all(std::string_view text, RegexScratch& scratch, std::vector<Span>& matches) const;
 
  private:
   struct Code;
   Regex() = default;
   void compile(const std::string& pattern);
+  /// Runs the engine once from `at`; false if no match begins there or in the next few bytes.
+  bool match(std::string_view text, size_t at, RegexScratch& scratch, Span& found) const;
+  [[noreturn]] void give_up(const std::string& reason) const;
   std::shared_ptr<const Code> code_;  // immutable after compilation
   std::string shown_, where_;         // for messages
 };
