@@ -29,7 +29,8 @@ struct QuantizeOptions {
   int bits_w = 4;        // 4 or 8; 16 and 32 store the weights of the chosen basis unrounded
   int bits_a = 8;        // inputs of the linears at run time: 4, 8, or 16 (not rounded)
   int64_t group = 64;    // columns per scale, weights and activations: 32, 64 or 128
-  int embed_bits = 16, head_bits = 16;  // equal for tied embeddings: the file holds one table
+  // 4, 8, 16, or 32 (an f32 source stays f32). Equal for tied embeddings: the file holds one table.
+  int embed_bits = 16, head_bits = 16;
   std::vector<std::string> keep;        // regular expressions of linears to keep at 16 bits
   uint64_t seed = 0;
   int64_t calib_samples = 64, calib_length = 512;

@@ -34,13 +34,13 @@ Json make_fingerprint(const Model& source, const QuantizeOptions& options,
   return json;
 }
 
-// Embedding or head: the source's own 16 bits, or rounded to nearest.
+// Embedding or head: the source's own 16 bits, f32 only if asked for, or rounded to nearest.
 struct Table {
   Table(const Matrix& source, int bits, const QuantizeOptions& options) {
     if (bits < 16) {
       owned = round_matrix(to_float_matrix(source), {bits, options.group}, nullptr, options.threads)
                   .matrix;
-    } else if (source.storage == Storage::kF32) {
+    } else if (source.storage == Storage::kF32 && bits == 16) {
       const FloatMatrix values = to_float_matrix(source);
       owned = store_dense(values.data, values.rows, values.cols, choose_16_bit(values.data));
     } else {

@@ -18,7 +18,7 @@ namespace tq {
 namespace {
 
 Calibration tiny_calibration() {
-  return cut_samples(random_ids(700, 96, 4), 8, 64, 96, "test");
+  return cut_samples(random_ids(200, 96, 4), 4, 48, 96, "test");
 }
 
 QuantizeOptions tiny_options(const std::string& method, int threads = 2) {
@@ -257,7 +257,7 @@ TEST(Resume, RefusesAnotherModelOtherOptionsOrAnotherText) {
   other.group = 32;
   EXPECT_NE(resume(other, calibration, 1).find("does not match: group"), std::string::npos);
   EXPECT_NE(resume(options, calibration, 2).find("does not match: weights"), std::string::npos);
-  const Calibration text = cut_samples(random_ids(700, 96, 5), 8, 64, 96, "test");
+  const Calibration text = cut_samples(random_ids(200, 96, 5), 4, 48, 96, "test");
   EXPECT_NE(resume(options, text, 1).find("does not match: calibration"), std::string::npos);
 }
 

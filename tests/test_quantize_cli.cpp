@@ -14,7 +14,7 @@ namespace {
 
 const std::string kModel = std::string(TQ_FIXTURES) + "/random-models/llama-tied-bf16-sharded";
 
-struct Run {
+struct Outcome {
   int code = 0;
   std::string out, err;
 };
@@ -30,11 +30,11 @@ class QuantizeCli : public testing::Test {
   }
 
   // `prefix` goes before the command, for limits of the shell.
-  Run run(const std::string& arguments, const std::string& prefix = "") {
+  Outcome run(const std::string& arguments, const std::string& prefix = "") {
     const std::string command = prefix + TQ_BINARY + " quantize " + arguments + " >" +
                                 (folder_ / "out") + " 2>" + (folder_ / "err");
     const int status = std::system(command.c_str());
-    Run result;
+    Outcome result;
     result.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
     result.out = read_bytes(folder_ / "out");
     result.err = read_bytes(folder_ / "err");
@@ -47,7 +47,7 @@ class QuantizeCli : public testing::Test {
   void expect_failure(int code, const std::string& arguments, const std::string& text,
                       const std::string& prefix = "") {
     const auto before = files();
-    const Run result = run(arguments, prefix);
+    const Outcome result = run(arguments, prefix);
     EXPECT_EQ(result.code, code) << arguments << "\n" << result.err;
     EXPECT_EQ(result.out, "") << arguments;
     EXPECT_TRUE(result.err.starts_with("tq: error: ")) << result.err;
@@ -75,7 +75,7 @@ class QuantizeCli : public testing::Test {
 };
 
 TEST_F(QuantizeCli, WritesAVerifiedFileAndAReport) {
-  const Run result =
+  const Outcome result =
       run(kModel + output() + calib() + " --group 32 --report " + (folder_ / "report.json"));
   ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_EQ(result.out, "");
@@ -92,8 +92,8 @@ TEST_F(QuantizeCli, EveryMethodWorksOnEveryArchitecture) {
     if (!entry.is_directory()) continue;
     for (const char* method : {"none", "rtn", "gptq", "quarot", "svdquant --rank 4"}) {
       const bool calibrated = std::string(method) == "gptq" || std::string(method) == "quarot";
-      const Run result = run(entry.path().string() + output() + " --force -q --method " + method +
-                             (calibrated ? calib() : ""));
+      const Outcome result = run(entry.path().string() + output() + " --force -q --method " +
+                                 method + (calibrated ? calib() : ""));
       EXPECT_EQ(result.code, 0) << entry.path() << " " << method << ": " << result.err;
       EXPECT_EQ(result.err, "");
       EXPECT_GT(verify_tq_file(folder_ / "m.tq"), 0);
@@ -111,7 +111,7 @@ TEST_F(QuantizeCli, TwoRunsGiveTheSameBytes) {
 
 TEST_F(QuantizeCli, DryRunWritesNothing) {
   const auto before = files();
-  const Run result = run(kModel + output() + calib() + " --dry-run");
+  const Outcome result = run(kModel + output() + calib() + " --dry-run");
   EXPECT_EQ(result.code, 0) << result.err;
   EXPECT_NE(result.err.find("bits each"), std::string::npos);
   EXPECT_EQ(files(), before);

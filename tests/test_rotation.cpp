@@ -137,6 +137,7 @@ QuantizeOptions rotated_unrounded(uint64_t seed) {
   options.rounding = RoundingKind::kStore;
   options.bits_w = 32;
   options.bits_a = 16;
+  options.embed_bits = options.head_bits = 32;
   options.seed = seed;
   options.threads = 2;
   return options;

@@ -2,10 +2,9 @@
 //
 // This file is the command line, the checks before work, progress and the report; the work is
 // quant/pipeline.h. Everything that can be refused is refused before anything is computed.
-#include <fcntl.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -75,12 +74,15 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   if (args.basis && args.method == "none" && options.basis != Basis::kNone)
     contradiction("--basis");
   override_with(options.group, args.group);
+  // The basis alone is to be tested then, so nothing else may be rounded.
+  if (options.bits_w == 32) options.embed_bits = options.head_bits = 32;
   // A tied model stores one table: naming one of the two options decides both.
   if (config.tied && args.embed_bits && !args.head_bits) options.head_bits = *args.embed_bits;
   if (config.tied && args.head_bits && !args.embed_bits) options.embed_bits = *args.head_bits;
   override_with(options.embed_bits, args.embed_bits);
   override_with(options.head_bits, args.head_bits);
   override_with(options.calib_samples, args.calib_samples);
+  options.calib_length = std::min(options.calib_length, config.max_seq_len);
   override_with(options.calib_length, args.calib_length);
   options.keep = args.keep;
   options.seed = args.seed;
@@ -125,16 +127,6 @@ Calibration make_calibration(const QuantizeArguments& args, const QuantizeOption
   }
   return cut_samples(tokenizer.encode(text, false, false), options.calib_samples,
                      options.calib_length, model.config.vocab_size, where);
-}
-
-// Mapped pages of the source count as resident memory until they are dropped.
-void drop_pages(const Matrix& matrix) {
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(matrix.data) + page - 1) / page * page;
-  const uintptr_t end =
-      (reinterpret_cast<uintptr_t>(matrix.data) + matrix.data_bytes()) / page * page;
-  // The mapping is of a file and read-only, so dropped pages come back unchanged when touched.
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
 std::string megabytes(uint64_t bytes) {
@@ -261,7 +253,7 @@ void quantize(const QuantizeArguments& args) {
   check_disk_space(args.output, plan.output_bytes + plan.resume_bytes);
   check_memory(plan.memory_bytes);
   const uint64_t weights_hash = scan_weights(model, [](const Matrix& m) {
-    drop_pages(m);
+    model.release(m);
     check_interrupted();
   });
   if (args.dry_run) {
@@ -274,7 +266,7 @@ void quantize(const QuantizeArguments& args) {
     const QuantizeHooks hooks{
         [&](const std::string& sentence) { progress.note(sentence); },
         [&](int64_t layer, int64_t n, const char* name) { progress.step(layer, n, name); },
-        interrupted, drop_pages};
+        interrupted, model.release};
     CpuBackend backend(options.threads);
     result = quantize_model(model, options, calibration ? &*calibration : nullptr, weights_hash,
                             backend, args.output, args.resume, hooks);
