@@ -103,6 +103,9 @@ class FolderReader {
     for (int64_t i = 0; i < c.n_layers; ++i) model.layers.push_back(layer(i));
     check_nothing_left();
     model.owner = storage_;
+    model.release = [storage = storage_](const Matrix& m) {
+      storage->shards.release(m.data, m.data_bytes());
+    };
     return model;
   }
 

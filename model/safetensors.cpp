@@ -315,11 +315,11 @@ uint64_t SafetensorsFolder::n_bytes() const {
   return bytes;
 }
 
-void SafetensorsFolder::release(const TensorView& view) const {
+void SafetensorsFolder::release(const std::byte* begin, size_t bytes) const {
   for (const auto& file : files_) {
-    const std::byte* begin = file->file().data();
-    if (view.data >= begin && view.data < begin + file->file().size()) {
-      file->file().release(view.data, view.n_bytes());
+    const std::byte* first = file->file().data();
+    if (begin >= first && begin < first + file->file().size()) {
+      file->file().release(begin, bytes);
       return;
     }
   }

@@ -5,6 +5,7 @@
 // A backend may repack at load (model/backend.h); nothing here changes after load.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -114,6 +115,9 @@ struct Model {
   std::vector<Layer> layers;
   std::string source;           // path, for messages
   std::shared_ptr<void> owner;  // keeps mappings and buffers of the views alive
+  // Drops the resident pages of a matrix that will not be read soon (they come back when touched);
+  // null, or no effect, where the matrix is not part of a mapped file.
+  std::function<void(const Matrix&)> release;
 };
 
 /// Loads a model folder (config.json, safetensors, tokenizer files) without quantizing it.
