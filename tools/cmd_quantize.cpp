@@ -252,7 +252,7 @@ void quantize(const QuantizeArguments& args) {
   const QuantizePlan plan = make_plan(model, options, calibration ? calibration->n_tokens() : 0);
   check_disk_space(args.output, plan.output_bytes + plan.resume_bytes);
   check_memory(plan.memory_bytes);
-  const uint64_t weights_hash = scan_weights(model, [](const Matrix& m) {
+  const uint64_t weights_hash = scan_weights(model, [&](const Matrix& m) {
     model.release(m);
     check_interrupted();
   });
