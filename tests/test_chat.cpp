@@ -214,6 +214,17 @@ TEST(ChatDetect, RefusesTemplatesThatWriteSomethingElse) {
 
 TEST(ChatDetect, TellsTheQwen3ReleasesApart) {
   const auto qwen = fixtures()["templates"]["qwen3"].get<std::string>();
+  // A revision for template engines without [-1].
+  EXPECT_EQ(detect(replaced(qwen, "message.content.split('</think>')[-1].lstrip",
+                            "(message.content.split('</think>')|last).lstrip")),
+            ChatKind::kQwen3);
+  // Never thinks: the answer always opens with the empty block.
+  EXPECT_EQ(detect(replaced(qwen, R"({{- '<|im_start|>assistant\n' }})",
+                            R"({{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' }})")),
+            ChatKind::kUnknown);
+  EXPECT_EQ(detect(replaced(qwen, "enable_thinking is defined and enable_thinking is false",
+                            "not enable_thinking")),
+            ChatKind::kUnknown);
   const size_t prompt = qwen.find("{%- if add_generation_prompt %}");
   const std::string body = qwen.substr(0, prompt);
   EXPECT_EQ(detect(body + "{%- if add_generation_prompt %}\n"

@@ -296,6 +296,8 @@ TEST(Nfc, ComposesReordersAndKeepsWhatIsStable) {
   EXPECT_EQ(to_nfc("\u1112\u1161\u11ab"), "\ud55c");
   EXPECT_EQ(to_nfc("q\u0307\u0323"), "q\u0323\u0307");
   EXPECT_EQ(to_nfc("\u212b\ufb01"), "\u00c5\ufb01");
+  EXPECT_EQ(to_nfc("\u1100\u1161\u11a7\u11a8\u1161"), "\uac00\u11a7\u11a8\u1161");
+  EXPECT_EQ(to_nfc("\u11a7"), "\u11a7");
 }
 
 // ---------------------------------------------------------------- size and time

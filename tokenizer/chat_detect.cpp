@@ -67,9 +67,10 @@ ChatKind qwen3_kind(std::string_view text) {
   const bool opens_thinking = has_any(text, {R"('<|im_start|>assistant\n<think>\n')"});
   const bool opens_plainly = has_any(text, {R"({{- '<|im_start|>assistant\n' }})"});
   // Thoughts of the past: cut before the last query, written out after it.
-  const bool keeps_last_thoughts = has_all(
-      text, {"last_query_index", R"('</think>' in )", R"(.split('</think>')[-1].lstrip('\n'))",
-             "loop.index0 > ns.last_query_index"});
+  const bool keeps_last_thoughts = has_all(text, {"last_query_index", R"('</think>' in )",
+                                                  "loop.index0 > ns.last_query_index"}) &&
+                                   has_any(text, {R"(.split('</think>')[-1].lstrip('\n'))",
+                                                  R"(.split('</think>')|last).lstrip('\n'))"});
   if (hybrid) {
     const bool other_literal = has_any(text, {R"('<think>\n')", R"("<think>\n")"});
     return empty_block && opens_plainly && !opens_thinking && keeps_last_thoughts && !other_literal

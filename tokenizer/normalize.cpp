@@ -33,6 +33,18 @@ void sort_marks(std::vector<utf8proc_int32_t>& codes) {
   }
 }
 
+// U+11A7 stands one before the final consonants and composes with nothing, but utf8proc 2.8 takes
+// it for a final consonant and swallows it. Text is therefore composed up to it and from there on.
+constexpr utf8proc_int32_t kHangulTBase = 0x11A7;
+
+void compose(utf8proc_int32_t* codes, size_t count, std::string& out) {
+  const utf8proc_ssize_t n =
+      utf8proc_normalize_utf32(codes, static_cast<utf8proc_ssize_t>(count),
+                               static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  TQ_CHECK(n >= 0);
+  for (utf8proc_ssize_t i = 0; i < n; ++i) append_utf8(out, static_cast<char32_t>(codes[i]));
+}
+
 }  // namespace
 
 std::string to_nfc(std::string_view text) {
@@ -55,14 +67,15 @@ std::string to_nfc(std::string_view text) {
     i += unit.length;
   }
   sort_marks(codes);
-  const utf8proc_ssize_t n =
-      utf8proc_normalize_utf32(codes.data(), static_cast<utf8proc_ssize_t>(codes.size()),
-                               static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
-  TQ_CHECK(n >= 0);
   std::string out;
   out.reserve(text.size());
-  for (utf8proc_ssize_t i = 0; i < n; ++i)
-    append_utf8(out, static_cast<char32_t>(codes[static_cast<size_t>(i)]));
+  for (size_t i = 0; i < codes.size();) {
+    size_t end = i;
+    while (end < codes.size() && codes[end] != kHangulTBase) ++end;
+    compose(codes.data() + i, end - i, out);
+    if (end < codes.size()) append_utf8(out, kHangulTBase);
+    i = end + 1;
+  }
   return out;
 }
 
