@@ -2,6 +2,7 @@
 // Goethals-Seidel arrays (1967) for the orders that Paley does not reach, 156 and 172.
 #include "model/hadamard.h"
 
+#include <algorithm>
 #include <array>
 #include <map>
 
@@ -165,10 +166,13 @@ int64_t hadamard_base_order(int64_t n) {
 }
 
 int64_t hadamard_block(int64_t n) {
-  for (int64_t blocks = 1; blocks <= n; ++blocks) {
-    if (n % blocks == 0 && hadamard_base_order(n / blocks) != 0) return n / blocks;
+  int64_t best = 1;
+  for (const auto& [order, base] : bases()) {
+    if (n <= 0 || n % order != 0) continue;
+    const int64_t rest = n / order;
+    best = std::max(best, order * (rest & -rest));  // all factors of two that are left
   }
-  return 1;
+  return best;
 }
 
 const std::vector<int8_t>& hadamard_base(int64_t m) {

@@ -1,6 +1,9 @@
 // Hadamard base matrices and the choice of orders.
 #include <gtest/gtest.h>
 
+#include <bit>
+#include <set>
+
 #include "model/hadamard.h"
 
 namespace tq {
@@ -44,6 +47,36 @@ TEST(HadamardOrder, UnbuildableSizesFallBackToTheLargestBlock) {
   EXPECT_EQ(hadamard_block(14), 2);
   EXPECT_EQ(hadamard_block(1536), 1536);
   EXPECT_EQ(hadamard_base_order(0), 0);
+}
+
+// 0 < n <= 4096 against the definition: the largest divisor m 2^k with a known m.
+TEST(HadamardOrder, BlocksAreTheLargestBuildableDivisors) {
+  std::set<int64_t> buildable;
+  for (int64_t order : kOrders) {
+    for (int64_t n = order; n <= 4096; n *= 2) buildable.insert(n);
+  }
+  for (int64_t n = 1; n <= 4096; ++n) {
+    int64_t best = 0;
+    for (int64_t b : buildable) {
+      if (n % b == 0) best = b;
+    }
+    ASSERT_EQ(hadamard_block(n), best) << n;
+    const int64_t base = hadamard_base_order(n);
+    ASSERT_EQ(base != 0, buildable.count(n) == 1) << n;
+    if (base != 0) {
+      ASSERT_EQ(n % base, 0) << n;
+      ASSERT_TRUE(std::has_single_bit(static_cast<uint64_t>(n / base))) << n;
+    }
+  }
+}
+
+TEST(HadamardOrder, HugeNumbersAreAnsweredAtOnce) {
+  EXPECT_EQ(hadamard_base_order(int64_t{1} << 62), 1);
+  EXPECT_EQ(hadamard_base_order(INT64_MAX), 0);
+  EXPECT_EQ(hadamard_base_order(INT64_MIN), 0);
+  EXPECT_EQ(hadamard_base_order(-4), 0);
+  EXPECT_EQ(hadamard_block(int64_t{1} << 62), int64_t{1} << 62);
+  EXPECT_EQ(hadamard_block(INT64_MAX), 1);
 }
 
 }  // namespace
