@@ -243,7 +243,8 @@ TEST(ChatDetect, KnowsLlamaByItsStatements) {
     {{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
     {{- "Cutting Knowledge Date: December 2023\n" }}
     {{- "Today Date: " + date_string + "\n\n" }}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ )"
+                              R"(message['content'] | trim + '<|eot_id|>' }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }})";
   EXPECT_EQ(detect(llama31), ChatKind::kLlama31);
   EXPECT_EQ(detect(replaced(llama31, "December 2023", "June 2024")), ChatKind::kUnknown);

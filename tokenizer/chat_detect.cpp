@@ -84,14 +84,13 @@ ChatKind qwen3_kind(std::string_view text) {
 }
 
 ChatKind llama3_kind(std::string_view text) {
-  if (has_all(
-          text,
-          {R"("Cutting Knowledge Date: December 2023\n")",
-           R"("Today Date: " + date_string + "\n\n")",
-           R"("<|start_header_id|>system<|end_header_id|>\n\n")",
-           R"('<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>')",
-           R"('<|start_header_id|>assistant<|end_header_id|>\n\n')",
-           R"(set system_message = messages[0]['content']|trim)", "{{- bos_token }}"}) &&
+  if (has_all(text, {R"("Cutting Knowledge Date: December 2023\n")",
+                     R"("Today Date: " + date_string + "\n\n")",
+                     R"("<|start_header_id|>system<|end_header_id|>\n\n")",
+                     R"('<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ )"
+                     "message['content'] | trim + '<|eot_id|>'",
+                     R"('<|start_header_id|>assistant<|end_header_id|>\n\n')",
+                     R"(set system_message = messages[0]['content']|trim)", "{{- bos_token }}"}) &&
       !has_any(text, {"image", R"(set system_message = "You)"})) {
     return ChatKind::kLlama31;
   }

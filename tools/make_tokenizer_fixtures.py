@@ -243,7 +243,7 @@ def feature_tokenizers():
              ("lll", {"special": False, "lstrip": True}), ("rrr", {"special": False, "rstrip": True}),
              ("bbb", {"special": False, "lstrip": True, "rstrip": True, "single_word": True}),
              ("the", {"special": False, "normalized": True}), ("a b", {"special": False}),
-             ("<|xy|>z", {"special": False})]
+             ("<|xy|>z", {"special": False}), ("ell", {"special": False})]
     cases["added_flags"] = make(merges=merges, added=flags)
     prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁")]}
     cases["added_normalized"] = make(merges=merges, normalizer=prepend, added=flags)
