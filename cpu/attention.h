@@ -15,8 +15,6 @@
 
 namespace tq {
 
-constexpr int64_t kKeyBlock = 64;     // keys scored together: four AVX-512 registers a query
-constexpr int64_t kSpan = 512;        // keys of one work item when few tokens are decoded
 constexpr int64_t kTileQueries = 48;  // of one span job: 12 KB of results at head_dim 64
 
 class CpuKvCache : public KvCache {

@@ -8,6 +8,11 @@
 #include "cpu/packed_matmul.h"
 
 namespace tq {
+
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvx512Kernels;  // ops_avx2.cpp, ops_avx512.cpp
+#endif
+
 namespace {
 
 constexpr Kernels kPlainKernels = {
@@ -30,7 +35,10 @@ constexpr Kernels kPlainKernels = {
 }  // namespace
 
 const Kernels& kernels_for(CpuIsa isa) {
-  (void)isa;
+#if defined(__x86_64__)
+  if (isa == CpuIsa::kAvx2) return kAvx2Kernels;
+  if (isa == CpuIsa::kAvx512) return kAvx512Kernels;
+#endif
   return kPlainKernels;
 }
 

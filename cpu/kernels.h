@@ -17,6 +17,12 @@ namespace tq {
 
 /// Lanes of every sum in f32.
 constexpr int64_t kLanes = 16;
+/// Rows of a packed panel: one 32-bit lane of an AVX-512 register a row.
+constexpr int64_t kPanelRows = 16;
+/// Keys scored together: four AVX-512 registers a query.
+constexpr int64_t kKeyBlock = 64;
+/// Keys of one work item of attention when few tokens are decoded.
+constexpr int64_t kSpan = 512;
 
 /// Element type of a dense matrix that a kernel reads.
 enum class DenseType : uint8_t { kF32, kF16, kBF16 };

@@ -17,8 +17,6 @@
 
 namespace tq {
 
-constexpr int64_t kPanelRows = 16;  // one 32-bit lane of an AVX-512 register a row
-
 /// Tokens rounded to integers. Columns behind the last one are zero codes.
 struct RoundedTokens {
   int64_t cols = 0, padded_cols = 0;  // padded to a multiple of 8

@@ -1,0 +1,31 @@
+// ops_avx2 - the table of kernels for AVX2, FMA and F16C. Written in lane_kernels.h and
+// span_kernel.h.
+//
+// Built with the flags of this instruction set; only kernels.cpp reaches it, after a CPUID check.
+#include "cpu/lanes_avx2.h"
+// The kernels below are templates over the Lanes of the header above.
+#include "cpu/lane_kernels.h"
+#include "cpu/packed_matmul_isa.h"
+#include "cpu/span_kernel.h"
+
+namespace tq {
+
+extern const Kernels kAvx2Kernels;
+const Kernels kAvx2Kernels = {
+    .isa = CpuIsa::kAvx2,
+    .dense = lanes_dense,
+    .packed = avx2_packed,
+    .round = lanes_round,
+    .span = lanes_span,
+    .merge = lanes_merge,
+    .store_half = lanes_store_half,
+    .dequant = lanes_dequant,
+    .butterflies = lanes_butterflies,
+    .base_stage = lanes_base_stage,
+    .silu_mul = lanes_silu_mul,
+    .add = lanes_add,
+    .scale_gain = lanes_scale_gain,
+    .rope = lanes_rope,
+};
+
+}  // namespace tq
