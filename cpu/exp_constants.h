@@ -17,6 +17,7 @@ constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23
 constexpr float kExpQ[5] = {0x1.0p-1f, 0x1.5554dep-3f, 0x1.55551ap-5f, 0x1.120b62p-7f,
                             0x1.6d10fcp-10f};
 constexpr float kExpMin = -86.0f;  // smaller x give 0 (exp is 4.5e-38 there, the last normal ones)
-constexpr float kExpMax = 88.0f;   // larger x give exp(88) = 1.7e38
+constexpr float kExpMax = 88.0f;   // larger x give infinity (exp is 1.7e38 there)
+constexpr float kInfinity = __builtin_inff();
 
 }  // namespace tq

@@ -12,15 +12,15 @@ namespace tq {
 namespace {
 
 Lanes exp_lanes(Lanes x) {
-  const Lanes bounded = Lanes::min(Lanes::set(kExpMax), x);
-  const Lanes shifted = Lanes::fma(bounded, Lanes::set(kLog2E), Lanes::set(kRoundMagic));
+  const Lanes shifted = Lanes::fma(x, Lanes::set(kLog2E), Lanes::set(kRoundMagic));
   const Lanes n = shifted - Lanes::set(kRoundMagic);
-  const Lanes r =
-      Lanes::fma(n, Lanes::set(-kLn2Low), Lanes::fma(n, Lanes::set(-kLn2High), bounded));
+  const Lanes r = Lanes::fma(n, Lanes::set(-kLn2Low), Lanes::fma(n, Lanes::set(-kLn2High), x));
   Lanes q = Lanes::set(kExpQ[4]);
   for (int i = 3; i >= 0; --i) q = Lanes::fma(q, r, Lanes::set(kExpQ[i]));
   const Lanes exp_r = Lanes::fma(r * r, q, r) + Lanes::set(1.0f);
-  return Lanes::zero_below(x, Lanes::set(kExpMin), Lanes::scale_by_low_bits(exp_r, shifted));
+  const Lanes result = Lanes::scale_by_low_bits(exp_r, shifted);
+  const Lanes bounded = Lanes::select_less(Lanes::set(kExpMax), x, Lanes::set(kInfinity), result);
+  return Lanes::select_less(x, Lanes::set(kExpMin), Lanes::zero(), bounded);
 }
 
 void lanes_silu_mul(float* gate, const float* up, int64_t count) {

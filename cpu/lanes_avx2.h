@@ -106,9 +106,9 @@ struct Lanes {
   static Lanes min(Lanes a, Lanes b) {
     return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
   }
-  static Lanes zero_below(Lanes x, Lanes limit, Lanes value) {
-    return {_mm256_and_ps(_mm256_cmp_ps(x.lo, limit.lo, _CMP_NLT_UQ), value.lo),
-            _mm256_and_ps(_mm256_cmp_ps(x.hi, limit.hi, _CMP_NLT_UQ), value.hi)};
+  static Lanes select_less(Lanes a, Lanes b, Lanes yes, Lanes no) {
+    return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+            _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
   }
   static Lanes scale_by_low_bits(Lanes value, Lanes shifted) {
     return {add_exponent(value.lo, shifted.lo), add_exponent(value.hi, shifted.hi)};

@@ -68,9 +68,9 @@ struct Lanes {
   /// b where a is NaN.
   static Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Lanes min(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
-  /// value where not (x < limit), else 0.
-  static Lanes zero_below(Lanes x, Lanes limit, Lanes value) {
-    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLT_UQ), value.v)};
+  /// a < b ? yes : no, and no where either is NaN.
+  static Lanes select_less(Lanes a, Lanes b, Lanes yes, Lanes no) {
+    return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), yes.v)};
   }
   /// value * 2^n where the low bits of `shifted` hold n.
   static Lanes scale_by_low_bits(Lanes value, Lanes shifted) {

@@ -11,7 +11,7 @@ namespace tq {
 
 float exp_f32(float x) {
   if (x < kExpMin) return 0.0f;
-  if (x > kExpMax) x = kExpMax;
+  if (x > kExpMax) return kInfinity;
   const float shifted = std::fma(x, kLog2E, kRoundMagic);
   const float n = shifted - kRoundMagic;
   const float r = std::fma(n, -kLn2Low, std::fma(n, -kLn2High, x));

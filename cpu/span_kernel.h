@@ -11,8 +11,7 @@
 // Error     none against plain_span: bit-identical (tests/test_cpu_attention.cpp)
 #pragma once
 
-#include <limits>
-
+#include "cpu/exp_constants.h"
 #include "cpu/kernels.h"
 #include "cpu/lane_kernels.h"
 
@@ -20,7 +19,6 @@ namespace tq {
 namespace {
 
 constexpr int kQueryTile = 6;
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // One block as f32, and the state of the queries that see it.
 struct BlockView {
@@ -101,7 +99,7 @@ void value_tile(const BlockView& block, const float* p, const float* shrink, int
 // Scores of one query to weights exp(score - max) over its first n_keys keys, 0 behind them; max
 // and the 16 partial sums are brought up to date. Returns exp(old max - new max).
 float softmax_row(float* p, int64_t n_keys, float* max, float* partial_sums) {
-  const Lanes lowest = Lanes::set(kMinusInfinity);
+  const Lanes lowest = Lanes::set(-kInfinity);
   constexpr int kVectors = kKeyBlock / kLanes;
   Lanes scores[kVectors];
   Lanes largest = lowest;
@@ -190,7 +188,7 @@ void lanes_span(const SpanJob& job) {
   float* scores = job.scratch + kKeyBlock * (job.head_dim + job.padded_dim);
   float* partial_sums = scores + job.n_queries * kKeyBlock;
   for (int64_t i = 0; i < job.n_queries; ++i) {
-    job.max[i] = kMinusInfinity;
+    job.max[i] = -kInfinity;
     Lanes::zero().store(partial_sums + i * kLanes);
     for (int64_t d = 0; d < job.padded_dim; d += kLanes) {
       Lanes::zero().store(job.out + i * job.padded_dim + d);
