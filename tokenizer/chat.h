@@ -1,6 +1,6 @@
 // chat - chat templates written out (Qwen3, Llama-3.x, ChatML of SmolLM2), stop tokens, sampling
-// defaults. No Jinja engine: a template text that we do not know is reported, not guessed. Read next:
-// chat.cpp (rendering), chat_detect.cpp, generation_defaults.cpp.
+// defaults. No Jinja engine: a template text that we do not know is reported, not guessed.
+// Read next: chat.cpp (rendering), chat_detect.cpp, generation_defaults.cpp.
 #pragma once
 
 #include <cstdint>
