@@ -41,8 +41,8 @@ class SafetensorsFolder {
   std::vector<std::string> names() const;
   std::vector<std::string> paths() const;  // shard files, for overwrite checks
   uint64_t n_bytes() const;                // of all tensors
-  /// Drops the resident pages of a span of a shard (used layer by layer while quantizing); no effect
-  /// on other memory.
+  /// Drops the resident pages of a span of a shard (used layer by layer while quantizing); no
+  /// effect on other memory.
   void release(const std::byte* begin, size_t bytes) const;
 
  private:
