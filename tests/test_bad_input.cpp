@@ -532,6 +532,12 @@ std::vector<BadInput> commands() {
                 return Args{"quantize", copy_model(dir), "-o",      dir / "o.tq",
                             "--method", "gptq",          "--calib", dir / "c.txt"};
               }),
+      command("N40_CalibrationLineWithoutText", 3, "c.jsonl, line 2",
+              [](const TempDir& dir) {
+                write_bytes(dir / "c.jsonl", "{\"text\": \"Once\"}\n{\"txt\": 1}\n");
+                return Args{"quantize", copy_model(dir), "-o",      dir / "o.tq",
+                            "--method", "gptq",          "--calib", dir / "c.jsonl"};
+              }),
       command("N40_CalibrationNotUtf8", 3, "UTF-8",
               [](const TempDir& dir) {
                 write_bytes(dir / "c.txt", std::string(10000, '\xfe'));
@@ -700,6 +706,28 @@ TEST(GoodInput, AllZeroWeightMatrixQuantizesAndRuns) {
   w.write(model + "/model.safetensors");
   quantized(dir, model, "z.tq");
   logits(dir, dir / "z.tq");
+}
+
+TEST(GoodInput, CalibrationFromTextAndFromJsonLinesIsTheSame) {
+  TempDir dir;
+  const std::string story =
+      "Once upon a time, there was a little girl named Lily. She loved to play.";
+  std::string text, lines;
+  for (int i = 0; i < 40; ++i) {
+    text += (i ? "\n\n" : "") + story;
+    lines += Json{{"text", story}, {"id", i}}.dump() + "\n";
+  }
+  write_bytes(dir / "c.txt", text);
+  write_bytes(dir / "c.jsonl", lines);
+  const std::string model = copy_model(dir);
+  const auto with = [&](const std::string& calib, const std::string& name) {
+    const CliResult result =
+        run_tq(dir, {"quantize", model, "-o", dir / name, "--method", "gptq", "-q", "--calib",
+                     dir / calib, "--calib-samples", "4", "--calib-length", "64"});
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    return read_bytes(dir / name);
+  };
+  EXPECT_EQ(with("c.txt", "a.tq"), with("c.jsonl", "b.tq"));
 }
 
 // --- Streams and limits ------------------------------------------------------------------------

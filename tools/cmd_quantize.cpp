@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <string_view>
 
 #include "cpu/cpu_backend.h"
 #include "model/atomic_file.h"
@@ -114,11 +115,29 @@ Model open_source(const std::string& folder) {
   return load_hf_folder(folder);
 }
 
+// Plain text, or JSON lines with a "text" each (by the file's name), joined as paragraphs.
+std::string read_calibration_text(const std::string& path) {
+  std::string text = read_input_text(path);
+  if (!path.ends_with(".jsonl")) return text;
+  std::string joined;
+  size_t line_number = 1;
+  for (size_t begin = 0; begin < text.size(); ++line_number) {
+    const size_t end = std::min(text.find('\n', begin), text.size());
+    const std::string_view line(text.data() + begin, end - begin);
+    begin = end + 1;
+    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
+    const std::string where = path + ", line " + std::to_string(line_number);
+    joined +=
+        (joined.empty() ? "" : "\n\n") + require_string(parse_json(line, where), "text", where);
+  }
+  return joined;
+}
+
 Calibration make_calibration(const QuantizeArguments& args, const QuantizeOptions& options,
                              const Model& model, const Tokenizer& tokenizer) {
   const std::string where = args.calib.empty() ? "built-in calibration text" : args.calib;
-  const std::string text =
-      args.calib.empty() ? std::string(builtin_calibration_text()) : read_input_text(args.calib);
+  const std::string text = args.calib.empty() ? std::string(builtin_calibration_text())
+                                              : read_calibration_text(args.calib);
   if (text.empty()) throw Error(ErrorKind::kBadData, "calibration text is empty", where, "0 bytes");
   if (!is_valid_utf8(text)) {
     throw Error(ErrorKind::kBadData, "calibration text is not UTF-8", where,
@@ -321,7 +340,8 @@ void add_quantize_command(CLI::App& app) {
       ->required();
   command->add_option("-o,--output", args->output, "the .tq file to write")->required();
   add_method_options(*command, *args);
-  command->add_option("--calib", args->calib, "calibration text")->default_str("built in");
+  command->add_option("--calib", args->calib, "calibration text, or .jsonl with a \"text\" a line")
+      ->default_str("built in");
   command->add_option("--calib-samples", args->calib_samples, "windows of text to calibrate on")
       ->check(number_in(1, 1 << 20))
       ->default_str(std::to_string(QuantizeOptions{}.calib_samples));
