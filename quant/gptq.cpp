@@ -50,24 +50,34 @@ void add_tile(const float* tile, int64_t first_row, int64_t first_col, int64_t n
   }
 }
 
-// Energy of 16 rows: sum_i w_i (H_ii w_i + 2 sum_{j>i} H_ij w_j), lane by lane. `h` is H with its
-// upper triangle valid. Two rows of H at a time: one load of w_j serves both.
+// Energy of 8 rows: sum_i w_i (H_ii w_i + 2 sum_{j>i} H_ij w_j), lane by lane. w is [n][8], `h` is
+// H with its upper triangle valid. Four rows of H at a time: one load of w_j serves them all.
 TQ_CLONES void strip_energy(const double* w, const double* h, int64_t n, double* energy) {
   const WideLanes* cols = reinterpret_cast<const WideLanes*>(w);
   WideLanes total = {};
   int64_t i = 0;
-  for (; i + 1 < n; i += 2) {
-    const double* h0 = h + i * n;
-    const double* h1 = h0 + n;
-    WideLanes acc0 = cols[i + 1] * h0[i + 1], acc1 = {};
-    for (int64_t j = i + 2; j < n; ++j) {
-      acc0 += cols[j] * h0[j];
-      acc1 += cols[j] * h1[j];
+  for (; i + 4 <= n; i += 4) {
+    const double *h0 = h + i * n, *h1 = h0 + n, *h2 = h1 + n, *h3 = h2 + n;
+    WideLanes acc0 = cols[i + 1] * h0[i + 1] + cols[i + 2] * h0[i + 2] + cols[i + 3] * h0[i + 3];
+    WideLanes acc1 = cols[i + 2] * h1[i + 2] + cols[i + 3] * h1[i + 3];
+    WideLanes acc2 = cols[i + 3] * h2[i + 3], acc3 = {};
+    for (int64_t j = i + 4; j < n; ++j) {
+      const WideLanes x = cols[j];
+      acc0 += x * h0[j];
+      acc1 += x * h1[j];
+      acc2 += x * h2[j];
+      acc3 += x * h3[j];
     }
     total += cols[i] * (cols[i] * h0[i] + 2.0 * acc0);
     total += cols[i + 1] * (cols[i + 1] * h1[i + 1] + 2.0 * acc1);
+    total += cols[i + 2] * (cols[i + 2] * h2[i + 2] + 2.0 * acc2);
+    total += cols[i + 3] * (cols[i + 3] * h3[i + 3] + 2.0 * acc3);
   }
-  if (i < n) total += cols[i] * cols[i] * h[i * n + i];
+  for (; i < n; ++i) {
+    WideLanes acc = {};
+    for (int64_t j = i + 1; j < n; ++j) acc += cols[j] * h[i * n + j];
+    total += cols[i] * (cols[i] * h[i * n + i] + 2.0 * acc);
+  }
   *reinterpret_cast<WideLanes*>(energy) = total;
 }
 
@@ -149,22 +159,26 @@ GptqFactor factorize(const Gram& gram, int threads, const char* where) {
 }
 
 double output_energy(const FloatMatrix& w, const Gram& gram, int threads) {
+  constexpr int64_t kHalf = kStripRows / 2;
   const int64_t n = w.cols, strips = n_strips(w.rows);
   TQ_CHECK(n == gram.size());
   std::vector<double> energy(static_cast<size_t>(strips * kStripRows));
 #pragma omp parallel num_threads(threads)
   {
     AlignedBuffer narrow(static_cast<size_t>(n * kStripRows) * sizeof(float));
-    AlignedBuffer wide(static_cast<size_t>(n * kStripRows) * sizeof(double));
-    alignas(128) double lanes[kStripRows];
+    AlignedBuffer wide(static_cast<size_t>(n * kHalf) * sizeof(double));
+    alignas(64) double lanes[kHalf];
 #pragma omp for schedule(dynamic, 1)
     for (int64_t strip = 0; strip < strips; ++strip) {
       load_strip(w, strip, narrow.as<float>());
-      for (int64_t i = 0; i < n * kStripRows; ++i) {
-        wide.as<double>()[i] = static_cast<double>(narrow.as<float>()[i]);
+      for (int64_t half = 0; half < 2; ++half) {
+        for (int64_t col = 0; col < n; ++col) {
+          const float* from = narrow.as<float>() + col * kStripRows + half * kHalf;
+          std::copy_n(from, kHalf, wide.as<double>() + col * kHalf);
+        }
+        strip_energy(wide.as<double>(), gram.data(), n, lanes);
+        std::copy_n(lanes, kHalf, energy.data() + strip * kStripRows + half * kHalf);
       }
-      strip_energy(wide.as<double>(), gram.data(), n, lanes);
-      std::copy_n(lanes, kStripRows, energy.data() + strip * kStripRows);
     }
   }
   double total = 0;

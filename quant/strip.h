@@ -24,7 +24,7 @@ constexpr int64_t kStripRows = 16;
 
 using Lanes = float __attribute__((vector_size(64), may_alias));  // one column of a strip
 using LaneInts = int32_t __attribute__((vector_size(64), may_alias));
-using WideLanes = double __attribute__((vector_size(128), may_alias));
+using WideLanes = double __attribute__((vector_size(64), may_alias));  // half a column
 
 inline int64_t n_strips(int64_t rows) {
   return (rows + kStripRows - 1) / kStripRows;
