@@ -25,6 +25,10 @@
 namespace tq {
 namespace {
 
+// Scores and sums that one thread finishes in some ten microseconds (linear.cpp has the same
+// limit).
+constexpr int64_t kMacsForThreads = 200'000;
+
 int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
@@ -330,6 +334,9 @@ void attend(const Kernels& kernels, CpuKvCache& cache, const AttentionCall& call
             AlignedBuffer& scratch) {
   TQ_CHECK(call.n_heads % call.n_kv_heads == 0);
   TQ_CHECK(call.pos0 >= 0 && call.pos0 + call.rows <= cache.ctx());
+  const int64_t macs =
+      2 * call.rows * call.n_heads * call.head_dim * (call.pos0 + (call.rows + 1) / 2);
+  if (macs < kMacsForThreads) n_threads = 1;
   Attention attention(kernels, cache, call);
   const int64_t n_tiles = attention.n_tiles(), n_spans = attention.n_spans();
   // With few tiles (decode), threads share the spans of a tile.

@@ -20,6 +20,7 @@ constexpr Kernels kPlainKernels = {
     .dense = plain_dense,
     .packed = plain_packed,
     .round = plain_round,
+    .sum_codes = plain_sum_codes,
     .span = plain_span,
     .merge = plain_merge,
     .store_half = plain_store_half,

@@ -88,6 +88,7 @@ struct Kernels {
   void (*dense)(const DenseJob&);
   void (*packed)(const PackedJob&);
   void (*round)(const RoundJob&);
+  int32_t (*sum_codes)(const int8_t* codes, int64_t count);
   void (*span)(const SpanJob&);
   /// Total (max, sum, out) of one query <- total merged with a later span's.
   void (*merge)(float* max, float* sum, float* out, float span_max, float span_sum,

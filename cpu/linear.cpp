@@ -21,6 +21,9 @@ namespace {
 
 // Below this many tokens a call is about reading weights: each thread gets one stretch of rows.
 constexpr int64_t kFewTokens = 24;
+// Products that one thread finishes in some ten microseconds: waking the others takes as long, and
+// far longer on a machine that has other work to do.
+constexpr int64_t kMacsForThreads = 200'000;
 // Rows of a packed matrix expanded to f32 at a time: two tiles of the dense kernels.
 constexpr int64_t kExpandedRows = 8;
 
@@ -208,8 +211,8 @@ class Plan {
     for (const Offsets& offsets : rounding.offsets) {
       for (int64_t i = begin / offsets.inner; i * offsets.inner < padded_end; ++i) {
         const int64_t inner_end = std::min((i + 1) * offsets.inner, padded_end);
-        int32_t sum = 0;
-        for (int64_t col = i * offsets.inner; col < inner_end; ++col) sum += codes[col];
+        const int32_t sum =
+            kernels.sum_codes(codes + i * offsets.inner, inner_end - i * offsets.inner);
         offsets.data[row * offsets.n_inner + i] = -8 * sum;
       }
     }
@@ -351,10 +354,14 @@ CpuLinear::CpuLinear(const Linear& linear) : linear_(linear), transform_(linear.
 void run_linears(const Kernels& kernels, std::span<const CpuLinear* const> weights, const float* x,
                  int64_t rows, std::span<float* const> out, int n_threads, LinearScratch& scratch) {
   TQ_CHECK(!weights.empty() && weights.size() == out.size());
+  int64_t macs = 0;
   for (const CpuLinear* weight : weights) {
-    TQ_CHECK(weight->linear().in_dim() == weights[0]->linear().in_dim());
+    const Linear& linear = weight->linear();
+    TQ_CHECK(linear.in_dim() == weights[0]->linear().in_dim());
     TQ_CHECK(weight->transform().same_as(weights[0]->transform()));
+    macs += rows * linear.in_dim() * (linear.out_dim() + linear.rank());
   }
+  if (macs < kMacsForThreads) n_threads = 1;
   const size_t bytes = Plan(weights, x, rows, out, n_threads, nullptr).memory_bytes();
   if (scratch.memory.size() < bytes) scratch.memory = AlignedBuffer(bytes);
   Plan(weights, x, rows, out, n_threads, scratch.memory.as<std::byte>()).run(kernels);

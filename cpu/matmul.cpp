@@ -75,7 +75,7 @@ WorkGrid plan_grid(int64_t n_tokens, int64_t n_rows, int64_t row_bytes, int64_t 
                    int64_t row_step, int n_threads) {
   // A third of a 1 MB second-level cache for each side.
   constexpr int64_t kSideBytes = 320 << 10;
-  constexpr int64_t kTokenStep = 12;  // a multiple of every kernel's token tile
+  constexpr int64_t kTokenStep = 24;  // a multiple of every kernel's token tile
   const int64_t min_items = n_threads > 1 ? 4 * int64_t{n_threads} : 1;
   WorkGrid grid;
   grid.n_tokens = n_tokens;

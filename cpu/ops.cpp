@@ -102,6 +102,12 @@ void plain_round(const RoundJob& job) {
   }
 }
 
+int32_t plain_sum_codes(const int8_t* codes, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += codes[i];
+  return sum;
+}
+
 void plain_store_half(const float* from, uint16_t* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = f32_to_f16(from[i]);
 }

@@ -16,6 +16,7 @@ const Kernels kAvx2Kernels = {
     .dense = lanes_dense,
     .packed = avx2_packed,
     .round = lanes_round,
+    .sum_codes = lanes_sum_codes,
     .span = lanes_span,
     .merge = lanes_merge,
     .store_half = lanes_store_half,

@@ -18,6 +18,7 @@ const Kernels kAvx512Kernels = {
     .dense = lanes_dense,
     .packed = avx512_packed,
     .round = lanes_round,
+    .sum_codes = lanes_sum_codes,
     .span = lanes_span,
     .merge = lanes_merge,
     .store_half = lanes_store_half,

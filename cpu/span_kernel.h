@@ -20,16 +20,24 @@ namespace {
 
 constexpr int kQueryTile = 6;
 
-// One block as f32, and the state of the queries that see it.
+// One block, f32 or f16.
+template <typename T>
 struct BlockView {
-  const float* keys;    // [head_dim, 64]
-  const float* values;  // [64, padded_dim]
+  const T* keys;    // [head_dim, 64]
+  const T* values;  // [64, padded_dim]
   int64_t head_dim, padded_dim;
 };
 
+Lanes load_cached(const float* p) {
+  return Lanes::load(p);
+}
+Lanes load_cached(const uint16_t* p) {
+  return Lanes::load_f16(p);
+}
+
 // scores[q, 0..63] = q . key, for kQueries queries.
-template <int kQueries>
-void score_tile(const BlockView& block, const float* q, float* scores) {
+template <int kQueries, typename T>
+void score_tile(const BlockView<T>& block, const float* q, float* scores) {
   constexpr int kWide = Lanes::kWide;
   for (int64_t first = 0; first < kKeyBlock; first += kWide * kLanes) {
     Lanes sums[kQueries][kWide];
@@ -39,7 +47,7 @@ void score_tile(const BlockView& block, const float* q, float* scores) {
     for (int64_t d = 0; d < block.head_dim; ++d) {
       Lanes keys[kWide];
       for (int j = 0; j < kWide; ++j) {
-        keys[j] = Lanes::load(block.keys + d * kKeyBlock + first + j * kLanes);
+        keys[j] = load_cached(block.keys + d * kKeyBlock + first + j * kLanes);
       }
       for (int i = 0; i < kQueries; ++i) {
         const Lanes factor = Lanes::set(q[i * block.head_dim + d]);
@@ -56,8 +64,8 @@ void score_tile(const BlockView& block, const float* q, float* scores) {
 
 // out[q, :] (*= shrink) += sum over keys [begin, end) of p[q, key] * value[key, :], kWideNow
 // vectors of the row from `column` on.
-template <int kQueries, int kWideNow>
-void value_columns(const BlockView& block, const float* p, const float* shrink, int64_t begin,
+template <int kQueries, int kWideNow, typename T>
+void value_columns(const BlockView<T>& block, const float* p, const float* shrink, int64_t begin,
                    int64_t end, int64_t column, float* out) {
   Lanes sums[kQueries][kWideNow];
   for (int i = 0; i < kQueries; ++i) {
@@ -69,7 +77,7 @@ void value_columns(const BlockView& block, const float* p, const float* shrink, 
   for (int64_t key = begin; key < end; ++key) {
     Lanes values[kWideNow];
     for (int j = 0; j < kWideNow; ++j) {
-      values[j] = Lanes::load(block.values + key * block.padded_dim + column + j * kLanes);
+      values[j] = load_cached(block.values + key * block.padded_dim + column + j * kLanes);
     }
     for (int i = 0; i < kQueries; ++i) {
       const Lanes weight = Lanes::set(p[i * kKeyBlock + key]);
@@ -83,8 +91,8 @@ void value_columns(const BlockView& block, const float* p, const float* shrink, 
   }
 }
 
-template <int kQueries>
-void value_tile(const BlockView& block, const float* p, const float* shrink, int64_t begin,
+template <int kQueries, typename T>
+void value_tile(const BlockView<T>& block, const float* p, const float* shrink, int64_t begin,
                 int64_t end, float* out) {
   constexpr int kWide = Lanes::kWide;
   int64_t column = 0;
@@ -129,8 +137,8 @@ struct QueryState {
 };
 
 // kQueries queries against one block; n_keys[i] of its keys are visible to query i, ascending.
-template <int kQueries>
-void block_tile(const BlockView& block, const QueryState& state, const int64_t* n_keys) {
+template <int kQueries, typename T>
+void block_tile(const BlockView<T>& block, const QueryState& state, const int64_t* n_keys) {
   float shrink[kQueries];
   score_tile<kQueries>(block, state.q, state.scores);
   for (int i = 0; i < kQueries; ++i) {
@@ -147,7 +155,8 @@ void block_tile(const BlockView& block, const QueryState& state, const int64_t* 
   }
 }
 
-void block_queries(const BlockView& block, const QueryState& state, const int64_t* n_keys,
+template <typename T>
+void block_queries(const BlockView<T>& block, const QueryState& state, const int64_t* n_keys,
                    int64_t count) {
   switch (count) {
     case 6:
@@ -165,21 +174,44 @@ void block_queries(const BlockView& block, const QueryState& state, const int64_
   }
 }
 
-// Keys and values of the block, converted into `scratch` if the cache holds f16.
-BlockView view_block(const SpanJob& job, int64_t block, float* scratch) {
-  const int64_t key_at = block * job.head_dim, value_at = block * job.padded_dim;
-  if (!job.half) {
-    return {reinterpret_cast<const float*>(job.keys) + key_at,
-            reinterpret_cast<const float*>(job.values) + value_at, job.head_dim, job.padded_dim};
+template <typename T>
+BlockView<T> view_block(const SpanJob& job, int64_t block) {
+  return {reinterpret_cast<const T*>(job.keys) + block * job.head_dim,
+          reinterpret_cast<const T*>(job.values) + block * job.padded_dim, job.head_dim,
+          job.padded_dim};
+}
+
+// The same block in `scratch` as f32: with many queries, converting once is cheaper.
+BlockView<float> widen_block(const BlockView<uint16_t>& block, float* scratch) {
+  float* values = scratch + kKeyBlock * block.head_dim;
+  for (int64_t i = 0; i < kKeyBlock * block.head_dim; i += kLanes) {
+    Lanes::load_f16(block.keys + i).store(scratch + i);
   }
-  float* values = scratch + kKeyBlock * job.head_dim;
-  for (int64_t i = 0; i < kKeyBlock * job.head_dim; i += kLanes) {
-    Lanes::load_f16(job.keys + 2 * (key_at + i)).store(scratch + i);
+  for (int64_t i = 0; i < kKeyBlock * block.padded_dim; i += kLanes) {
+    Lanes::load_f16(block.values + i).store(values + i);
   }
-  for (int64_t i = 0; i < kKeyBlock * job.padded_dim; i += kLanes) {
-    Lanes::load_f16(job.values + 2 * (value_at + i)).store(values + i);
+  return {scratch, values, block.head_dim, block.padded_dim};
+}
+
+// All queries of the job that see something of the block of keys beginning at `key`.
+template <typename T>
+void visit_block(const SpanJob& job, const BlockView<T>& block, int64_t key, float* scores,
+                 float* partial_sums) {
+  int64_t first = key > job.first_pos ? (key - job.first_pos) * job.group_size : 0;
+  while (first < job.n_queries) {
+    const int64_t left = job.n_queries - first;
+    const int64_t count = left < kQueryTile ? left : kQueryTile;
+    int64_t n_keys[kQueryTile];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t visible = job.first_pos + (first + i) / job.group_size - key + 1;
+      n_keys[i] = visible < kKeyBlock ? visible : kKeyBlock;
+    }
+    block_queries(block,
+                  {job.q + first * job.head_dim, scores + first * kKeyBlock, job.max + first,
+                   partial_sums + first * kLanes, job.out + first * job.padded_dim},
+                  n_keys, count);
+    first += count;
   }
-  return {scratch, values, job.head_dim, job.padded_dim};
 }
 
 void lanes_span(const SpanJob& job) {
@@ -195,22 +227,13 @@ void lanes_span(const SpanJob& job) {
     }
   }
   for (int64_t key = job.span_begin; key < end; key += kKeyBlock) {
-    const BlockView block = view_block(job, key, job.scratch);
-    // Queries before the block see nothing of it.
-    int64_t first = key > job.first_pos ? (key - job.first_pos) * job.group_size : 0;
-    while (first < job.n_queries) {
-      const int64_t left = job.n_queries - first;
-      const int64_t count = left < kQueryTile ? left : kQueryTile;
-      int64_t n_keys[kQueryTile];
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t visible = job.first_pos + (first + i) / job.group_size - key + 1;
-        n_keys[i] = visible < kKeyBlock ? visible : kKeyBlock;
-      }
-      block_queries(block,
-                    {job.q + first * job.head_dim, scores + first * kKeyBlock, job.max + first,
-                     partial_sums + first * kLanes, job.out + first * job.padded_dim},
-                    n_keys, count);
-      first += count;
+    if (!job.half) {
+      visit_block(job, view_block<float>(job, key), key, scores, partial_sums);
+    } else if (job.n_queries <= kQueryTile) {
+      visit_block(job, view_block<uint16_t>(job, key), key, scores, partial_sums);
+    } else {
+      const BlockView<float> wide = widen_block(view_block<uint16_t>(job, key), job.scratch);
+      visit_block(job, wide, key, scores, partial_sums);
     }
   }
   for (int64_t i = 0; i < job.n_queries; ++i) {
