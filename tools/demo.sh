@@ -7,6 +7,8 @@
 # Steps are skipped when their result is in demo/ already. `make demo` calls this after the build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# Threads that wait do not spin: many times faster where other programs use the cores as well.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 mkdir -p demo
 
 megabytes() { du -cb "$@" | awk 'END { printf "%.1f MB", $1 / 1e6 }'; }
@@ -21,20 +23,17 @@ quantize_once() {
   ./tq quantize "$folder" -o "$file" --force "$@"
 }
 
-# The same prompt before and after, with the sizes of the weights.
+# show FOLDER FILE PROMPT N: sizes of the weights, and N tokens of answer, before and after.
 show() {
-  local folder=$1 file=$2
-  shift 2
+  local folder=$1 file=$2 prompt=$3 n_tokens=$4
   echo
   echo "before  $(megabytes "$folder"/*.safetensors)  $folder"
   echo "after   $(megabytes "$file")  $file"
   local model
   for model in "$folder" "$file"; do
     echo
-    printf '$ ./tq run %s' "$model"
-    printf ' %s' "${@@Q}"
-    echo
-    ./tq run -q "$model" "$@"
+    echo "\$ ./tq run $model \"$prompt\" -n $n_tokens"
+    ./tq run -q "$model" "$prompt" -n "$n_tokens"
   done
 }
 
@@ -61,7 +60,7 @@ if [[ ${1:-} == --offline ]]; then
   folder=tests/fixtures/stories260k
   quantize_once "$folder" demo/stories260k.tq --method quarot \
     --calib-samples 16 --calib-length 256
-  show "$folder" demo/stories260k.tq "Once upon a time" -n 120
+  show "$folder" demo/stories260k.tq "Once upon a time" 120
 else
   folder=demo/SmolLM2-135M-Instruct
   fetch_smollm2 "$folder"
@@ -69,5 +68,5 @@ else
   # model, so it is stored in 8 bits.
   quantize_once "$folder" demo/smollm2.tq --method quarot --embed-bits 8 --head-bits 8 \
     --calib-samples 32
-  show "$folder" demo/smollm2.tq "What is the capital of France?" -n 60
+  show "$folder" demo/smollm2.tq "What is the capital of France?" 60
 fi
