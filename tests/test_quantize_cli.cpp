@@ -92,8 +92,9 @@ TEST_F(QuantizeCli, EveryMethodWorksOnEveryArchitecture) {
     if (!entry.is_directory()) continue;
     for (const char* method : {"none", "rtn", "gptq", "quarot", "svdquant --rank 4"}) {
       const bool calibrated = std::string(method) == "gptq" || std::string(method) == "quarot";
-      const Outcome result = run(entry.path().string() + output() + " --force -q --method " +
-                                 method + (calibrated ? calib() : ""));
+      const Outcome result =
+          run(entry.path().string() + output() + " --force -q --threads 1 --method " + method +
+              (calibrated ? calib() : ""));
       EXPECT_EQ(result.code, 0) << entry.path() << " " << method << ": " << result.err;
       EXPECT_EQ(result.err, "");
       EXPECT_GT(verify_tq_file(folder_ / "m.tq"), 0);
