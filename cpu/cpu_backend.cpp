@@ -89,7 +89,7 @@ void CpuBackend::download(const DeviceBuffer& src, int64_t offset, std::span<flo
 }
 
 std::unique_ptr<PreparedLinear> CpuBackend::prepare(const Linear& linear) {
-  return std::make_unique<CpuLinear>(linear);
+  return std::make_unique<CpuLinear>(linear, n_threads_);
 }
 
 std::unique_ptr<PreparedTable> CpuBackend::prepare_table(const Matrix& table) {

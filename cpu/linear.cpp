@@ -338,16 +338,17 @@ void expand_row(const Kernels& kernels, const Matrix& w, int64_t row, float* out
   }
 }
 
-CpuLinear::CpuLinear(const Linear& linear) : linear_(linear), transform_(linear.input) {
+CpuLinear::CpuLinear(const Linear& linear, int n_threads)
+    : linear_(linear), transform_(linear.input) {
   const ActQuant& act = linear_.act;
   TQ_CHECK(act.bits == 4 || act.bits == 8 || act.bits == 16);
   TQ_CHECK(act.group > 0 && linear_.branch_a.has_value() == linear_.branch_b.has_value());
   if (!rounds_input()) return;
-  if (linear_.weight.packed()) weight = pack_panels(linear_.weight, act.group);
+  if (linear_.weight.packed()) weight = pack_panels(linear_.weight, act.group, n_threads);
   if (!linear_.branch_a) return;
-  if (linear_.branch_a->packed()) branch_a = pack_panels(*linear_.branch_a, act.group);
+  if (linear_.branch_a->packed()) branch_a = pack_panels(*linear_.branch_a, act.group, n_threads);
   if (linear_.branch_b->packed()) {
-    branch_b = pack_panels(*linear_.branch_b, linear_.branch_b->group);
+    branch_b = pack_panels(*linear_.branch_b, linear_.branch_b->group, n_threads);
   }
 }
 

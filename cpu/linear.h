@@ -17,7 +17,7 @@ namespace tq {
 /// their input is rounded, and read from the file's layout when it is not (act.bits = 16).
 class CpuLinear : public PreparedLinear {
  public:
-  explicit CpuLinear(const Linear& linear);
+  CpuLinear(const Linear& linear, int n_threads);
   const Linear& linear() const { return linear_; }
   const FastTransform& transform() const { return transform_; }
   bool rounds_input() const { return linear_.act.bits < 16; }

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "cpu/ops.h"
 #include "model/error.h"
@@ -34,21 +35,66 @@ int stored_code(const PackedJob& job, int64_t row, int64_t col) {
   return (col % 8 < 4 ? byte & 15 : byte >> 4) - 8;
 }
 
-void set_code(PackedPanels& out, int64_t row, int64_t col, int code) {
-  uint8_t* panel = out.codes.as<uint8_t>() + row / kPanelRows * (out.padded_cols * 2 * out.bits);
-  const int64_t lane = row % kPanelRows * 4 + col % 4;
-  if (out.bits == 8) {
-    panel[col / 4 * 64 + lane] = static_cast<uint8_t>(code + 128);
-    return;
+// Four stored bytes of one row: columns 8i..8i+7 (4 bits) or 4i..4i+3 (8 bits).
+uint32_t pack_nibbles(uint32_t x) {
+  // Nibbles 0..7 (pairs of neighbouring columns) to 0 4 1 5 2 6 3 7: a perfect shuffle, two steps.
+  uint32_t swap = (x ^ x >> 8) & 0x0000FF00;
+  x ^= swap ^ swap << 8;
+  swap = (x ^ x >> 4) & 0x00F000F0;
+  return x ^ swap ^ swap << 4;
+}
+uint32_t pack_bytes(uint32_t x) {
+  return x ^ 0x80808080;  // code to code + 128
+}
+
+// Words [begin, end) of one row of w; what is behind its last column becomes code 0.
+template <int kBits>
+void pack_words(const Matrix& w, const std::byte* row, int64_t begin, int64_t end, uint32_t* to) {
+  const int64_t n_whole = w.cols * kBits / 32;
+  for (int64_t i = begin; i < std::min(end, n_whole); ++i) {
+    uint32_t word;
+    std::memcpy(&word, row + 4 * i, 4);
+    to[i * kPanelRows] = kBits == 4 ? pack_nibbles(word) : pack_bytes(word);
   }
-  uint8_t& byte = panel[col / 8 * 64 + lane];
-  byte = static_cast<uint8_t>(col % 8 < 4 ? (byte & 0xF0) | (code + 8)
-                                          : (byte & 0x0F) | (code + 8) << 4);
+  for (int64_t i = std::max(begin, n_whole); i < end; ++i) {
+    // Cut off inside a word, maybe inside a byte whose high nibble is nobody's.
+    uint32_t word = 0;
+    const int64_t at = std::min(4 * i, w.row_bytes());
+    std::memcpy(&word, row + at, static_cast<size_t>(std::min<int64_t>(4, w.row_bytes() - at)));
+    const int64_t n_bits = std::max<int64_t>(0, w.cols * kBits - 32 * i);  // below 32
+    const uint32_t valid = (uint32_t{1} << n_bits) - 1;
+    word = (word & valid) | ((kBits == 4 ? 0x88888888u : 0u) & ~valid);
+    to[i * kPanelRows] = kBits == 4 ? pack_nibbles(word) : pack_bytes(word);
+  }
+}
+
+// Rows [16 panel, 16 panel + 16) of w.
+template <int kBits>
+void pack_panel(const Matrix& w, int64_t panel, PackedPanels& out) {
+  // Row by row, but in stretches whose panel lines (16 KB) stay in the first-level cache.
+  constexpr int64_t kStretch = 256;
+  const int64_t n_words = out.padded_cols * kBits / 32;  // of a row
+  const int64_t first = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - first);
+  uint32_t* to = out.codes.as<uint32_t>() + panel * n_words * kPanelRows;
+  std::fill_n(to, n_rows < kPanelRows ? n_words * kPanelRows : 0,
+              kBits == 4 ? 0x88888888u : 0x80808080u);
+  for (int64_t begin = 0; begin < n_words; begin += kStretch) {
+    for (int64_t lane = 0; lane < n_rows; ++lane) {
+      pack_words<kBits>(w, w.data + (first + lane) * w.row_bytes(), begin,
+                        std::min(begin + kStretch, n_words), to + lane);
+    }
+  }
+  uint16_t* scales = out.scales.as<uint16_t>() + panel * out.n_w_groups * kPanelRows;
+  for (int64_t lane = 0; lane < n_rows; ++lane) {
+    for (int64_t group = 0; group < out.n_w_groups; ++group) {
+      scales[group * kPanelRows + lane] = w.scales[(first + lane) * out.n_w_groups + group];
+    }
+  }
 }
 
 }  // namespace
 
-PackedPanels pack_panels(const Matrix& w, int64_t x_group) {
+PackedPanels pack_panels(const Matrix& w, int64_t x_group, int n_threads) {
   TQ_CHECK(w.packed() && w.rows > 0 && w.cols > 0 && w.group > 0 && x_group > 0);
   PackedPanels out;
   out.rows = w.rows;
@@ -75,14 +121,9 @@ PackedPanels pack_panels(const Matrix& w, int64_t x_group) {
   const int64_t n_rows = out.n_panels() * kPanelRows;
   out.codes = AlignedBuffer(static_cast<size_t>(n_rows * out.padded_cols * out.bits / 8));
   out.scales = AlignedBuffer(static_cast<size_t>(n_rows * out.n_w_groups * 2));
-  // Code 0 is stored as 8 or 128 in the padding.
-  std::fill_n(out.codes.as<uint8_t>(), out.codes.size(), out.bits == 4 ? 0x88 : 0x80);
-  for (int64_t row = 0; row < w.rows; ++row) {
-    for (int64_t col = 0; col < w.cols; ++col) set_code(out, row, col, packed_code(w, row, col));
-    for (int64_t group = 0; group < out.n_w_groups; ++group) {
-      out.scales.as<uint16_t>()[(row / kPanelRows * out.n_w_groups + group) * kPanelRows +
-                                row % kPanelRows] = w.scales[row * out.n_w_groups + group];
-    }
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+  for (int64_t panel = 0; panel < out.n_panels(); ++panel) {
+    out.bits == 4 ? pack_panel<4>(w, panel, out) : pack_panel<8>(w, panel, out);
   }
   return out;
 }

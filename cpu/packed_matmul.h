@@ -40,7 +40,7 @@ struct PackedPanels {
 
 /// Repacks w for tokens rounded in groups of x_group columns. Groups must be multiples of 8 (or
 /// span all columns), and one of the two must divide the other. Throws kBadData otherwise.
-PackedPanels pack_panels(const Matrix& w, int64_t x_group);
+PackedPanels pack_panels(const Matrix& w, int64_t x_group, int n_threads);
 
 /// A job over all of a matrix. offsets[t, i] = -8 * (sum of the codes of token t in inner group i).
 PackedJob packed_job(const PackedPanels& w, const RoundedTokens& tokens, const int32_t* offsets,
