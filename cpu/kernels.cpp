@@ -18,6 +18,7 @@ namespace {
 constexpr Kernels kPlainKernels = {
     .isa = CpuIsa::kPlain,
     .dense = plain_dense,
+    .gemm = plain_gemm,
     .packed = plain_packed,
     .round = plain_round,
     .sum_codes = plain_sum_codes,
@@ -25,6 +26,7 @@ constexpr Kernels kPlainKernels = {
     .merge = plain_merge,
     .store_half = plain_store_half,
     .dequant = plain_dequant,
+    .exp_sum = plain_exp_sum,
     .butterflies = plain_butterflies,
     .base_stage = plain_base_stage,
     .silu_mul = plain_silu_mul,

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/gemm.h"
 #include "cpu/isa.h"
 
 namespace tq {
@@ -86,6 +87,7 @@ struct SpanJob {
 struct Kernels {
   CpuIsa isa;
   void (*dense)(const DenseJob&);
+  void (*gemm)(const GemmJob&);
   void (*packed)(const PackedJob&);
   void (*round)(const RoundJob&);
   int32_t (*sum_codes)(const int8_t* codes, int64_t count);
@@ -97,6 +99,8 @@ struct Kernels {
   void (*store_half)(const float* from, uint16_t* to, int64_t count);
   /// codes (q4: nibbles, from an even column; q8: bytes) times a scale, as f32.
   void (*dequant)(int bits, const std::byte* codes, float scale, int64_t count, float* out);
+  /// x[i] = exp_f32(x[i] - shift); the sum of the results, element i in lane i % 16.
+  float (*exp_sum)(float* x, float shift, int64_t count);
   /// In place: v <- v (H_2 (x) ... (x) H_2), unscaled; count = 2^k.
   void (*butterflies)(float* v, int64_t count);
   /// out[a', :] = (sum over a of signs[a, a'] v[a, :]) * scale; v, out [m, inner], signs f32.

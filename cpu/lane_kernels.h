@@ -89,6 +89,17 @@ int32_t lanes_sum_codes(const int8_t* codes, int64_t count) {
   return sum;
 }
 
+float lanes_exp_sum(float* x, float shift, int64_t count) {
+  Lanes sums = Lanes::zero();
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = count - i;
+    const Lanes values = exp_lanes(Lanes::load_first(x + i, n) - Lanes::set(shift));
+    values.store_first(x + i, n);
+    sums = sums + Lanes::keep_first(values, n, Lanes::zero());
+  }
+  return sums.sum();
+}
+
 void lanes_store_half(const float* from, uint16_t* to, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     Lanes::load_first(from + i, count - i).store_f16_first(to + i, count - i);

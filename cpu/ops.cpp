@@ -108,6 +108,15 @@ int32_t plain_sum_codes(const int8_t* codes, int64_t count) {
   return sum;
 }
 
+float plain_exp_sum(float* x, float shift, int64_t count) {
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    x[i] = exp_f32(x[i] - shift);
+    lanes[i % kLanes] += x[i];
+  }
+  return sum_lanes(lanes);
+}
+
 void plain_store_half(const float* from, uint16_t* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = f32_to_f16(from[i]);
 }

@@ -26,6 +26,7 @@ void plain_scale_gain(const float* x, float factor, const float* gain, int64_t c
 void plain_rope(float* head, const float* cos, const float* sin, int64_t half);
 void plain_round(const RoundJob& job);
 int32_t plain_sum_codes(const int8_t* codes, int64_t count);
+float plain_exp_sum(float* x, float shift, int64_t count);
 void plain_store_half(const float* from, uint16_t* to, int64_t count);
 void plain_dequant(int bits, const std::byte* codes, float scale, int64_t count, float* out);
 

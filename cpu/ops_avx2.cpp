@@ -4,6 +4,7 @@
 // Built with the flags of this instruction set; only kernels.cpp reaches it, after a CPUID check.
 #include "cpu/lanes_avx2.h"
 // The kernels below are templates over the Lanes of the header above.
+#include "cpu/gemm_kernel.h"
 #include "cpu/lane_kernels.h"
 #include "cpu/packed_matmul_isa.h"
 #include "cpu/span_kernel.h"
@@ -14,6 +15,7 @@ extern const Kernels kAvx2Kernels;
 const Kernels kAvx2Kernels = {
     .isa = CpuIsa::kAvx2,
     .dense = lanes_dense,
+    .gemm = lanes_gemm,
     .packed = avx2_packed,
     .round = lanes_round,
     .sum_codes = lanes_sum_codes,
@@ -21,6 +23,7 @@ const Kernels kAvx2Kernels = {
     .merge = lanes_merge,
     .store_half = lanes_store_half,
     .dequant = lanes_dequant,
+    .exp_sum = lanes_exp_sum,
     .butterflies = lanes_butterflies,
     .base_stage = lanes_base_stage,
     .silu_mul = lanes_silu_mul,

@@ -6,6 +6,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "cpu/lanes_avx512.h"
 // The kernels below are templates over the Lanes of the header above.
+#include "cpu/gemm_kernel.h"
 #include "cpu/lane_kernels.h"
 #include "cpu/packed_matmul_isa.h"
 #include "cpu/span_kernel.h"
@@ -16,6 +17,7 @@ extern const Kernels kAvx512Kernels;
 const Kernels kAvx512Kernels = {
     .isa = CpuIsa::kAvx512,
     .dense = lanes_dense,
+    .gemm = lanes_gemm,
     .packed = avx512_packed,
     .round = lanes_round,
     .sum_codes = lanes_sum_codes,
@@ -23,6 +25,7 @@ const Kernels kAvx512Kernels = {
     .merge = lanes_merge,
     .store_half = lanes_store_half,
     .dequant = lanes_dequant,
+    .exp_sum = lanes_exp_sum,
     .butterflies = lanes_butterflies,
     .base_stage = lanes_base_stage,
     .silu_mul = lanes_silu_mul,
