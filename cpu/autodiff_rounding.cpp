@@ -1,0 +1,186 @@
+// autodiff_rounding - values and gradients of rounding. See autodiff_rounding.h.
+//
+// With v = x / s, code = clamp(rint(v)) and y = s code, straight through the rint:
+//   inside the range   dy/dx = 1    dy/ds = code - v
+//   clipped            dy/dx = 0    dy/ds = code
+// and s = f(m) clip for the element m that sets the scale, so m also gets ds/dm sum g dy/ds.
+#include "cpu/autodiff_rounding.h"
+
+#include <bit>
+#include <cmath>
+
+#include "cpu/autodiff_node.h"
+#include "cpu/exp_constants.h"
+
+namespace tq {
+namespace {
+
+// The element that sets the scale has v = +-qmax up to the rounding of inverse and product: it is
+// inside.
+constexpr float kSlack = 1.0f + 0x1.0p-20f;
+
+struct Range {
+  float low, high;
+  static Range symmetric(int bits) {
+    const float qmax = static_cast<float>((1 << (bits - 1)) - 1);
+    return {-qmax, qmax};
+  }
+  static Range full(int bits) {
+    const float half = static_cast<float>(1 << (bits - 1));
+    return {-half, half - 1.0f};
+  }
+  // As plain_round: bounded first, ties to even.
+  float code(float v) const {
+    const float above = v > low ? v : low;  // also the answer for NaN
+    const float bounded = above < high ? above : high;
+    return (bounded + kRoundMagic) - kRoundMagic;
+  }
+  bool inside(float v) const { return v >= low * kSlack && v <= high * kSlack; }
+};
+
+// One group: the operations of plain_round in their order.
+struct GroupScale {
+  float scale, inverse;
+  int64_t index;   // of the element that sets the scale
+  float per_clip;  // d scale / d clip
+  float per_x;     // d scale / d x[index]
+};
+
+GroupScale scale_of(const float* x, int64_t count, const GroupRounding& rounding, float clip) {
+  GroupScale result = {};
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x[i]) & 0x7FFFFFFFu;
+    if (bits > largest) {
+      largest = bits;
+      result.index = i;
+    }
+  }
+  const float magnitude = std::bit_cast<float>(largest);
+  const float sign = std::signbit(x[result.index]) ? -1.0f : 1.0f;
+  if (rounding.full_range) {
+    const float half = static_cast<float>(1 << (rounding.bits - 1));
+    const float reach = -(sign * magnitude * clip);
+    result.inverse = largest > 0 ? half / reach : 0.0f;
+    result.scale = reach / half;
+    result.per_clip = -sign * magnitude / half;
+    result.per_x = -clip / half;
+  } else {
+    const float qmax = Range::symmetric(rounding.bits).high;
+    const float amax = magnitude * clip;
+    result.inverse = amax > 0 ? qmax / amax : 0.0f;
+    result.scale = amax / qmax;
+    result.per_clip = magnitude / qmax;
+    result.per_x = sign * clip / qmax;
+  }
+  return result;
+}
+
+// The groups of a tensor, numbered row by row.
+struct Groups {
+  int64_t cols, group, n_groups, count;
+  Groups(const Shape& shape, int64_t group)
+      : cols(shape.cols),
+        group(std::min(group, shape.cols)),
+        n_groups((shape.cols + this->group - 1) / this->group),
+        count(shape.batch * shape.rows * n_groups) {
+    TQ_CHECK(group > 0);
+  }
+  int64_t begin(int64_t i) const { return i / n_groups * cols + i % n_groups * group; }
+  int64_t size(int64_t i) const { return std::min(group, cols - i % n_groups * group); }
+};
+
+// Adds the gradient of one group to dx; returns d loss / d scale.
+double group_gradient(const float* x, const float* g, int64_t count, float inverse, Range range,
+                      float* dx) {
+  double scale_gradient = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float v = x[i] * inverse;
+    const bool inside = range.inside(v);
+    scale_gradient += double{g[i]} * (double{range.code(v)} - (inside ? double{v} : 0.0));
+    if (inside && dx) dx[i] += g[i];
+  }
+  return scale_gradient;
+}
+
+Var round_impl(const Var& x, const GroupRounding& rounding, const Var* clip, RoundGradient kind) {
+  TQ_CHECK(rounding.bits >= 2 && rounding.bits <= 8);
+  const Groups groups(x.shape(), rounding.group);
+  const Range range =
+      rounding.full_range ? Range::full(rounding.bits) : Range::symmetric(rounding.bits);
+  const float factor = clip ? clip->item() : rounding.clip;
+  Tensor value = new_tensor(x.tape(), x.shape());
+  parallel_ranges(x.tape(), groups.count, 8 * groups.group, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const float* from = x.data() + groups.begin(i);
+      float* to = value.own() + groups.begin(i);
+      const GroupScale s = scale_of(from, groups.size(i), rounding, factor);
+      for (int64_t j = 0; j < groups.size(i); ++j)
+        to[j] = s.scale * range.code(from[j] * s.inverse);
+    }
+  });
+  const int32_t x_node = x.node(), clip_node = clip ? clip->node() : kNoNode;
+  const Tensor kept = x.value();
+  const bool with_scale = kind == RoundGradient::kWithScale;
+  return new_var(std::move(value), {&x, clip ? clip : &x}, [=](Tensor gradient, Gradients& out) {
+    float* dx = x_node == kNoNode ? nullptr : out.sum(x_node);
+    const double clip_gradient =
+        ordered_sum(out.tape(), groups.count, 8 * groups.group, [&](int64_t i) {
+          const int64_t at = groups.begin(i), size = groups.size(i);
+          const GroupScale s = scale_of(kept.data() + at, size, rounding, factor);
+          const double ds = group_gradient(kept.data() + at, gradient.data() + at, size, s.inverse,
+                                           range, dx ? dx + at : nullptr);
+          if (dx && with_scale) dx[at + s.index] += static_cast<float>(ds * double{s.per_x});
+          return ds * double{s.per_clip};
+        });
+    if (clip_node != kNoNode) *out.sum(clip_node) += static_cast<float>(clip_gradient);
+  });
+}
+
+}  // namespace
+
+Var round_groups(const Var& x, const GroupRounding& rounding, RoundGradient kind) {
+  return round_impl(x, rounding, nullptr, kind);
+}
+Var round_groups(const Var& x, const GroupRounding& rounding, const Var& clip, RoundGradient kind) {
+  return round_impl(x, rounding, &clip, kind);
+}
+
+Var round_with_scales(const Var& w, const Var& scales, int bits, int64_t group) {
+  TQ_CHECK(bits >= 2 && bits <= 8);
+  const Groups groups(w.shape(), group);
+  TQ_CHECK(scales.shape() == (Shape{w.shape().batch, w.shape().rows, groups.n_groups}));
+  const Range range = Range::full(bits);
+  const auto quotient = [](float x, float s) { return s == 0.0f ? 0.0f : x / s; };
+  Tensor value = new_tensor(w.tape(), w.shape());
+  parallel_ranges(w.tape(), groups.count, 8 * groups.group, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const float s = scales.data()[i];
+      for (int64_t j = groups.begin(i); j < groups.begin(i) + groups.size(i); ++j) {
+        value.own()[j] = s * range.code(quotient(w.data()[j], s));
+      }
+    }
+  });
+  const int32_t w_node = w.node(), s_node = scales.node();
+  const Tensor kept_w = w.value(), kept_s = scales.value();
+  return new_var(std::move(value), {&w, &scales}, [=](Tensor gradient, Gradients& out) {
+    float* dw = w_node == kNoNode ? nullptr : out.sum(w_node);
+    float* ds = s_node == kNoNode ? nullptr : out.sum(s_node);
+    const float* g = gradient.data();
+    parallel_ranges(out.tape(), groups.count, 8 * groups.group, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const float s = kept_s.data()[i];
+        double sum = 0;
+        for (int64_t j = groups.begin(i); j < groups.begin(i) + groups.size(i); ++j) {
+          const float v = quotient(kept_w.data()[j], s);
+          const bool inside = range.inside(v);
+          sum += double{g[j]} * (double{range.code(v)} - (inside ? double{v} : 0.0));
+          if (inside && dw) dw[j] += g[j];
+        }
+        if (ds) ds[i] += static_cast<float>(sum);
+      }
+    });
+  });
+}
+
+}  // namespace tq
