@@ -88,6 +88,7 @@ void TqWriter::add_linear(const std::string& name, const Linear& linear, bool ti
   if (linear.act.bits < 16) {
     json["act"]["group"] = linear.act.group;
     json["act"]["clip"] = linear.act.clip;
+    if (linear.act.full_range) json["act"]["full_range"] = true;
   }
   linears_[name] = std::move(json);
 }

@@ -74,10 +74,10 @@ void check_prologue(const MappedFile& file, const TqPrologue& prologue) {
     throw bad(path, "it does not start with the .tq magic", "make one with: tq quantize HF_DIR");
   }
   if (prologue.byte_order != kTqByteOrder) throw bad(path, "wrong byte order");
-  if (prologue.version != kTqFormatVersion) {
+  if (prologue.version < 1 || prologue.version > kTqFormatVersion) {
     throw bad(path,
-              "format version " + std::to_string(prologue.version) + ", this tq reads version " +
-                  std::to_string(kTqFormatVersion),
+              "format version " + std::to_string(prologue.version) +
+                  ", this tq reads versions 1 to " + std::to_string(kTqFormatVersion),
               prologue.version > kTqFormatVersion ? "use a newer tq" : "quantize the model again");
   }
   if (prologue.prologue_hash != XXH3_64bits(&prologue, offsetof(TqPrologue, prologue_hash))) {
@@ -305,13 +305,14 @@ class Reader {
   }
 
   ActQuant act(const Json& json, const std::string& name) {
-    only_keys(json, name + ".act", {"bits", "group", "clip"});
+    only_keys(json, name + ".act", {"bits", "group", "clip", "full_range"});
     ActQuant act;
-    act.bits = static_cast<int>(require_int(json, "bits", 4, 16, path_));
+    act.bits = static_cast<int>(require_int(json, "bits", 3, 16, path_));
     if (act.bits == 16) return act;
     act.group = require_int(json, "group", 0, kMaxDim, path_);
     act.clip = static_cast<float>(optional_number(json, "clip", 1.0, path_));
-    if ((act.bits != 4 && act.bits != 8) ||
+    act.full_range = optional_bool(json, "full_range", false, path_);
+    if ((act.bits != 3 && act.bits != 4 && act.bits != 8) ||
         (act.group != 32 && act.group != 64 && act.group != 128) ||
         !(act.clip > 0.0f && act.clip <= 1.0f)) {
       throw bad(path_, name + ": activations of " + std::to_string(act.bits) + " bits, group " +

@@ -61,12 +61,16 @@ struct Transform {
   bool active() const { return kind != Kind::kNone; }
 };
 
-/// How the input of a linear is rounded at run time: symmetric, per token and group of columns,
-/// scale = max|x| * clip / (2^(bits-1) - 1). bits = 16 means not rounded (f32 is used).
+/// How the input of a linear is rounded at run time, per token and group of columns. bits = 16
+/// means not rounded (f32 is used). Symmetric: scale = max|x| * clip / (2^(bits-1) - 1), codes
+/// -(2^(bits-1) - 1) .. 2^(bits-1) - 1. Full range: the first x of the largest magnitude gets the
+/// lowest code, scale = -x * clip / 2^(bits-1), which may be negative; codes from -2^(bits-1) on.
 struct ActQuant {
-  int bits = 16;       // 4, 8 or 16
-  int64_t group = 64;  // columns per scale; 32, 64 or 128
+  int bits = 16;       // 3, 4, 8 or 16
+  int64_t group = 64;  // columns per scale; 32, 64 or 128; need not be the weight's
   float clip = 1.0f;
+  bool full_range = false;
+  bool operator==(const ActQuant&) const = default;
 };
 
 /// y[n, out] = x' R^T (+ (x' A^T) B^T), where x' = round(transform(x)).

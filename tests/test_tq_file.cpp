@@ -74,6 +74,7 @@ struct TestModel {
     layer.wo.branch_a = bytes.matrix(Storage::kF16, 4, 64, 0);
     layer.wo.branch_b = bytes.matrix(Storage::kF16, 64, 4, 0);
     layer.w_gate = linear(96, 64);
+    layer.w_gate.act = {3, 32, 1.0f, true};
     layer.w_up = linear(96, 64);
     layer.w_down = linear(64, 96);
     layer.w_down.input = {Transform::Kind::kHadamard, 96, 96, nullptr};
@@ -132,6 +133,16 @@ void edit_header(const std::string& path, const std::string& from, const std::st
   write_bytes(path, bytes);
 }
 
+void set_version(const std::string& path, uint32_t version) {
+  std::string bytes = read_bytes(path);
+  TqPrologue prologue;
+  std::memcpy(&prologue, bytes.data(), sizeof prologue);
+  prologue.version = version;
+  prologue.prologue_hash = XXH3_64bits(&prologue, offsetof(TqPrologue, prologue_hash));
+  std::memcpy(bytes.data(), &prologue, sizeof prologue);
+  write_bytes(path, bytes);
+}
+
 class TqFile : public ::testing::Test {
  protected:
   void SetUp() override { test_model.write(path); }
@@ -154,8 +165,7 @@ TEST_F(TqFile, RoundTripKeepsEveryValue) {
     EXPECT_TRUE(same_matrix(a.weight, b.weight)) << named.name;
     EXPECT_EQ(a.rank(), b.rank());
     EXPECT_EQ(a.input.block, b.input.block);
-    EXPECT_EQ(a.act.bits, b.act.bits);
-    EXPECT_EQ(a.act.clip, b.act.clip);
+    EXPECT_TRUE(a.act == b.act) << named.name;
   }
   EXPECT_TRUE(same_matrix(*model.layers[0].wo.branch_b, *expected.layers[0].wo.branch_b));
 }
@@ -202,7 +212,20 @@ TEST_F(TqFile, NewerVersionsSayWhichTqReads) {
   std::string bytes = read_bytes(path);
   bytes[8] = 9;
   write_bytes(path, bytes);
-  EXPECT_NE(failure(path).find("format version 9, this tq reads version 1"), std::string::npos);
+  EXPECT_NE(failure(path).find("format version 9, this tq reads versions 1 to 2"),
+            std::string::npos);
+}
+
+TEST_F(TqFile, VersionOneIsStillRead) {
+  // As the tq before version 2 wrote it: the same file without the fields that came later.
+  edit_header(path, R"(,"full_range":true)", "");
+  edit_header(path, R"("bits":3)", R"("bits":4)");
+  edit_header(path, R"("tq_format":2)", R"("tq_format":1)");
+  set_version(path, 1);
+  EXPECT_EQ(failure(path, true), "");
+  EXPECT_TRUE(load_tq_file(path).layers[0].w_gate.act == (ActQuant{4, 32, 1.0f, false}));
+  set_version(path, 0);
+  EXPECT_NE(failure(path).find("format version 0"), std::string::npos);
 }
 
 TEST_F(TqFile, DamagedTensorIsNamed) {
@@ -240,6 +263,8 @@ INSTANTIATE_TEST_SUITE_P(
         Lie{R"("storage":"Q4")", R"("storage":"Q8")", "expected Q8"},
         Lie{R"("rows":32)", R"("rows":33)", "the config asks for"},
         Lie{R"("bits":4)", R"("bits":5)", "activations of 5 bits"},
+        Lie{R"("bits":3)", R"("bits":2)", "bits"},
+        Lie{R"("full_range":true)", R"("full_range":1)", "full_range"},
         Lie{R"("clip":)", R"("clap":)", "unknown field"},
         Lie{R"("block":96)", R"("block":7)", "Hadamard block 7"},
         Lie{R"("kind":"hadamard")", R"("kind":"magic")", "unknown transform magic"},
