@@ -133,7 +133,7 @@ class Reader {
                              c.vocab_size, c.dim);
     model.lm_head = linear("lm_head", c.vocab_size, c.dim);
     if (header_.contains("residual_basis")) {
-      model.residual_basis = transform(header_["residual_basis"], "residual_basis", c.dim);
+      model.residual_basis = residual_basis(header_["residual_basis"], c.dim);
     }
     model.final_norm = vector("final_norm", c.dim);
     for (int64_t i = 0; i < c.n_layers; ++i) model.layers.push_back(layer(c, i));
@@ -255,9 +255,31 @@ class Reader {
     return linears[name];
   }
 
+  Transform residual_basis(const Json& json, int64_t size) {
+    const std::string where = "residual_basis";
+    if (require_string(json, "kind", path_) != "dense") return transform(json, where, size);
+    only_keys(json, where, {"kind", "size", "matrix"});
+    Transform t;
+    t.kind = Transform::Kind::kDense;
+    t.size = require_int(json, "size", size, size, path_);
+    t.matrix = matrix(require(json, "matrix", path_), where + ".matrix", size, size);
+    if (t.matrix.packed()) throw bad(path_, where + ".matrix must be F32, F16 or BF16");
+    // Rounding moves a row of M by at most u of its length, u the unit roundoff of the storage, so
+    // |M^T M - I|_F <= (2 u + u^2) sqrt(n). Twice that, and 1e-3 for what a learner in f32 leaves.
+    const double u = t.matrix.storage == Storage::kF32   ? 0x1p-24
+                     : t.matrix.storage == Storage::kF16 ? 0x1p-11
+                                                         : 0x1p-8;
+    const double error = orthogonality_error(t.matrix);
+    if (!(error <= 1e-3 + 4 * u)) {
+      throw bad(path_, where + ".matrix is not orthogonal: off by " + std::to_string(error));
+    }
+    return t;
+  }
+
   Transform transform(const Json& json, const std::string& where, int64_t size) {
-    only_keys(json, where, {"kind", "size", "block", "signs"});
     const std::string kind = require_string(json, "kind", path_);
+    if (kind == "dense") throw bad(path_, where + ": only the residual basis may be dense");
+    only_keys(json, where, {"kind", "size", "block", "signs"});
     if (kind != "hadamard") {
       throw bad(path_, where + ": unknown transform " + kind, "use a newer tq");
     }

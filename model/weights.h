@@ -50,14 +50,21 @@ void matrix_row_f32(const Matrix& matrix, int64_t row, float* out);
 /// Throws kBadData with count and first index if an element is NaN or infinite.
 void check_finite(const Matrix& matrix, const std::string& name, const std::string& where);
 
-/// An orthogonal change of basis applied to row vectors: y = (x * diag(signs)) * H / sqrt(block),
-/// block by block. H is the Hadamard matrix of model/hadamard.h.
+/// How far a square dense matrix M [n, n] is from orthogonal: the largest of a few estimates of
+/// |M^T M - I|_F / sqrt(n), each |(M^T M - I) z| / |z| for a fixed vector z of random signs (its
+/// mean square is exactly that). Infinite or NaN elements give infinity or NaN.
+double orthogonality_error(const Matrix& matrix);
+
+/// An orthogonal change of basis applied to row vectors. Hadamard: y = (x * diag(signs)) * H /
+/// sqrt(block), block by block; H is the matrix of model/hadamard.h. Dense: y = x M; only the
+/// residual basis may be dense (the input of a linear is transformed at every call).
 struct Transform {
-  enum class Kind : uint8_t { kNone, kHadamard };
+  enum class Kind : uint8_t { kNone, kHadamard, kDense };
   Kind kind = Kind::kNone;
   int64_t size = 0;               // length of the vector
   int64_t block = 0;              // Hadamard order; divides size (equal to it if it exists)
   const int8_t* signs = nullptr;  // [size] of +1 / -1, or null for all +1
+  Matrix matrix = {};             // M [size, size], dense storage
   bool active() const { return kind != Kind::kNone; }
 };
 
