@@ -1,11 +1,10 @@
 // round_scale - the numbers of one rounded group: its scale and what its codes are computed with.
 //
 // Shared by plain_round (ops.cpp) and lanes_round (lane_kernels.h), so that both follow one rule
-// (docs/format.md, "Rounding of activations"). Internal to the including file, as those are built
-// for different processors.
+// (docs/format.md, "Rounding of activations"). Internal to the including file, and no function of
+// the standard library: those files are built for different processors.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 #include "cpu/kernels.h"
@@ -27,9 +26,10 @@ RoundScale round_scale(const RoundJob& job, float largest) {
   }
   // The first element of that magnitude becomes the lowest code: with its sign turned the scale is
   // the one that wastes no code.
-  const uint32_t magnitude = std::bit_cast<uint32_t>(largest);
+  const uint32_t magnitude = __builtin_bit_cast(uint32_t, largest);
   int64_t i = 0;
-  while (i + 1 < job.count && (std::bit_cast<uint32_t>(job.x[i]) & 0x7FFFFFFFu) != magnitude) ++i;
+  while (i + 1 < job.count && (__builtin_bit_cast(uint32_t, job.x[i]) & 0x7FFFFFFFu) != magnitude)
+    ++i;
   const float a = job.x[i] * job.clip;
   return {-a / half, a < 0 || a > 0 ? half / -a : 0.0f, -half, half - 1};
 }
