@@ -29,8 +29,41 @@ class CpuTable : public PreparedTable {
 
 class CpuTransform : public PreparedTransform {
  public:
-  explicit CpuTransform(const Transform& transform) : transform(transform) {}
-  FastTransform transform;
+  explicit CpuTransform(const Transform& transform) {
+    if (transform.kind == Transform::Kind::kDense) {
+      prepare_dense(transform.matrix);
+    } else {
+      fast = FastTransform(transform);
+    }
+  }
+  FastTransform fast;                         // Hadamard
+  std::unique_ptr<CpuLinear> dense, inverse;  // dense: x -> x M, x -> x M^T
+
+ private:
+  // A linear computes x W^T: W = M for the inverse, where M is, and a copy of M^T.
+  void prepare_dense(const Matrix& matrix) {
+    TQ_CHECK(matrix.rows == matrix.cols && !matrix.packed());
+    Linear linear;
+    linear.weight = matrix;
+    inverse = std::make_unique<CpuLinear>(linear, 1);
+    const int64_t n = matrix.rows, bytes = matrix.row_bytes() / n;  // of an element
+    transposed_ = AlignedBuffer(matrix.data_bytes());
+    std::byte* to = transposed_.as<std::byte>();
+    constexpr int64_t kTile = 16;  // a cache line of f32 either way
+    for (int64_t row = 0; row < n; row += kTile) {
+      for (int64_t col = 0; col < n; col += kTile) {
+        for (int64_t i = row; i < std::min(row + kTile, n); ++i) {
+          for (int64_t j = col; j < std::min(col + kTile, n); ++j) {
+            std::memcpy(to + (j * n + i) * bytes, matrix.data + (i * n + j) * bytes,
+                        static_cast<size_t>(bytes));
+          }
+        }
+      }
+    }
+    linear.weight.data = to;
+    dense = std::make_unique<CpuLinear>(linear, 1);
+  }
+  AlignedBuffer transposed_;
 };
 
 template <typename To, typename From>
@@ -228,7 +261,21 @@ void CpuBackend::add(DeviceBuffer& x, const DeviceBuffer& y, int64_t count) {
 
 void CpuBackend::transform(DeviceBuffer& x, int64_t rows, const PreparedTransform& basis,
                            bool inverse) {
-  const FastTransform& transform = cast<const CpuTransform>(basis).transform;
+  const CpuTransform& prepared = cast<const CpuTransform>(basis);
+  if (prepared.dense) {
+    const CpuLinear* linear = inverse ? prepared.inverse.get() : prepared.dense.get();
+    const size_t count = static_cast<size_t>(rows * linear->linear().in_dim());
+    check_size(as_cpu(x), static_cast<int64_t>(count));
+    if (transform_scratch_.size() < count * sizeof(float)) {
+      transform_scratch_ = AlignedBuffer(count * sizeof(float));
+    }
+    float* out = transform_scratch_.as<float>();
+    run_linears(kernels_, {&linear, 1}, as_cpu(x).data(), rows, {&out, 1}, n_threads_,
+                linear_scratch_);
+    std::memcpy(as_cpu(x).data(), out, count * sizeof(float));
+    return;
+  }
+  const FastTransform& transform = prepared.fast;
   if (!transform.active()) return;
   const int64_t size = transform.size(), n_blocks = transform.n_blocks();
   check_size(as_cpu(x), rows * size);

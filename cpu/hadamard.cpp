@@ -19,6 +19,7 @@ namespace tq {
 
 FastTransform::FastTransform(const Transform& transform) : transform_(transform) {
   if (!transform.active()) return;
+  TQ_CHECK(transform.kind == Transform::Kind::kHadamard, "a dense transform is a matrix product");
   TQ_CHECK(transform.block > 0 && transform.size % transform.block == 0);
   base_order_ = hadamard_base_order(transform.block);
   TQ_CHECK(base_order_ > 0, "no Hadamard matrix of this order");

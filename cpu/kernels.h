@@ -62,6 +62,7 @@ struct RoundJob {
   int64_t count;
   int bits;
   float clip;
+  bool full_range;
   int8_t* codes;  // [count]
   float* scale;   // one
 };

@@ -7,6 +7,7 @@
 
 #include "cpu/exp_constants.h"
 #include "cpu/kernels.h"
+#include "cpu/round_scale.h"
 
 namespace tq {
 namespace {
@@ -62,20 +63,18 @@ void lanes_round(const RoundJob& job) {
   for (int64_t i = 0; i < job.count; i += kLanes) {
     largest = Lanes::max_magnitude(largest, Lanes::load_first(job.x + i, job.count - i));
   }
-  const float amax = largest.max_of_magnitudes() * job.clip;
-  const float qmax = job.bits == 4 ? 7.0f : 127.0f;
-  const float inverse = amax > 0 ? qmax / amax : 0.0f;
-  *job.scale = amax / qmax;
+  const RoundScale by = round_scale(job, largest.max_of_magnitudes());
+  *job.scale = by.scale;
   for (int64_t i = 0; i < job.count; i += kLanes) {
     const int64_t n = job.count - i;
-    const Lanes scaled = Lanes::load_first(job.x + i, n) * Lanes::set(inverse);
-    const Lanes low = Lanes::max(scaled, Lanes::set(-qmax));
-    Lanes::min(low, Lanes::set(qmax)).store_codes_first(job.codes + i, n);
+    const Lanes scaled = Lanes::load_first(job.x + i, n) * Lanes::set(by.inverse);
+    const Lanes low = Lanes::max(scaled, Lanes::set(by.low));
+    Lanes::min(low, Lanes::set(by.high)).store_codes_first(job.codes + i, n);
   }
 }
 
 int32_t lanes_sum_codes(const int8_t* codes, int64_t count) {
-  // In floats, exactly: partial sums stay integers below 2^24 (a lane adds at most 127 a step).
+  // In floats, exactly: partial sums stay integers below 2^24 (a lane adds at most 128 a step).
   constexpr int64_t kExactCount = kLanes * ((int64_t{1} << 24) / kLanes / 128);
   int32_t sum = 0;
   int64_t i = 0;

@@ -55,7 +55,7 @@ struct Lanes {
   void store_f16_first(uint16_t* p, int64_t n) const {
     _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
-  /// Rounded to integers, ties to even; |value| <= 127.
+  /// Rounded to integers, ties to even; -128 <= value <= 127.
   void store_codes_first(int8_t* p, int64_t n) const {
     _mm_mask_storeu_epi8(p, mask(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
   }

@@ -110,10 +110,7 @@ class Plan {
                      const ActQuant& act) {
     for (size_t i = 0; i < list.size(); ++i) {
       const Rounding& known = list[i];
-      if (known.input == input && known.tokens.cols == cols && known.act.bits == act.bits &&
-          known.act.group == act.group && known.act.clip == act.clip) {
-        return i;
-      }
+      if (known.input == input && known.tokens.cols == cols && known.act == act) return i;
     }
     Rounding rounding;
     rounding.input = input;
@@ -172,7 +169,7 @@ class Plan {
     float* h = arena_.take<float>(rows_ * linear.rank());
     add_product(first_, wide_, *linear.branch_a, weight.branch_a, input_, linear.act, h, false);
     // The narrow input has groups of its own; clip belongs to x.
-    const ActQuant act = {linear.act.bits, linear.branch_b->group, 1.0f};
+    const ActQuant act = {linear.act.bits, linear.branch_b->group, 1.0f, linear.act.full_range};
     add_product(second_, narrow_, *linear.branch_b, weight.branch_b, h, act, out, true);
   }
 
@@ -206,7 +203,7 @@ class Plan {
     int8_t* codes = tokens.codes + row * tokens.padded_cols;
     float* scale = tokens.scales + row * tokens.n_groups + group;
     kernels.round({rounding.input + row * tokens.cols + begin, end - begin, rounding.act.bits,
-                   rounding.act.clip, codes + begin, scale});
+                   rounding.act.clip, rounding.act.full_range, codes + begin, scale});
     for (int64_t col = end; col < padded_end; ++col) codes[col] = 0;
     for (const Offsets& offsets : rounding.offsets) {
       for (int64_t i = begin / offsets.inner; i * offsets.inner < padded_end; ++i) {
@@ -341,7 +338,7 @@ void expand_row(const Kernels& kernels, const Matrix& w, int64_t row, float* out
 CpuLinear::CpuLinear(const Linear& linear, int n_threads)
     : linear_(linear), transform_(linear.input) {
   const ActQuant& act = linear_.act;
-  TQ_CHECK(act.bits == 4 || act.bits == 8 || act.bits == 16);
+  TQ_CHECK(act.bits == 3 || act.bits == 4 || act.bits == 8 || act.bits == 16);
   TQ_CHECK(act.group > 0 && linear_.branch_a.has_value() == linear_.branch_b.has_value());
   if (!rounds_input()) return;
   if (linear_.weight.packed()) weight = pack_panels(linear_.weight, act.group, n_threads);

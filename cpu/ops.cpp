@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "cpu/exp_constants.h"
+#include "cpu/round_scale.h"
 #include "model/tensor.h"
 
 namespace tq {
@@ -89,14 +90,12 @@ void plain_round(const RoundJob& job) {
     const uint32_t bits = std::bit_cast<uint32_t>(job.x[i]) & 0x7FFFFFFFu;
     largest = bits > largest ? bits : largest;
   }
-  const float amax = std::bit_cast<float>(largest) * job.clip;
-  const float qmax = job.bits == 4 ? 7.0f : 127.0f;
-  const float inverse = amax > 0 ? qmax / amax : 0.0f;
-  *job.scale = amax / qmax;
+  const RoundScale by = round_scale(job, std::bit_cast<float>(largest));
+  *job.scale = by.scale;
   for (int64_t i = 0; i < job.count; ++i) {
-    const float scaled = job.x[i] * inverse;
-    const float low = scaled > -qmax ? scaled : -qmax;  // also the answer for NaN
-    const float bounded = low < qmax ? low : qmax;
+    const float scaled = job.x[i] * by.inverse;
+    const float low = scaled > by.low ? scaled : by.low;  // also the answer for NaN
+    const float bounded = low < by.high ? low : by.high;
     // Ties to even; |bounded| is far below 2^22, where this is exact.
     job.codes[i] = static_cast<int8_t>((bounded + kRoundMagic) - kRoundMagic);
   }

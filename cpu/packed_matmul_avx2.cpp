@@ -5,10 +5,10 @@
 // Work      one panel (two registers of 8 rows x 4 columns) x four tokens. 4 bits: vpmaddubsw of
 // the
 //           unsigned weights with the token's broadcast codes gives sums of two products, at most
-//           2 * 15 * 127 = 3810; eight of them fit in 16 bits, so vpmaddwd widens only after eight
-//           steps (32 columns). 8 bits: |code| times the code's sign moved to the token would
-//           overflow nothing (2 * 127 * 127 < 2^15) but cannot be summed in 16 bits: widened at
-//           once.
+//           2 * 15 * 128 = 3840; eight of them fit in 16 bits, so vpmaddwd widens only after eight
+//           steps (32 columns). 8 bits: the token's magnitude times the weight with the token's
+//           sign moved to it: 2 * 128 * 127 < 2^15, but sums of it need more and are widened at
+//           once. (The other way round, -128 of a token would have no negative.)
 // Memory    as packed_matmul_avx512.cpp
 // Constants 2 x 4 accumulators of 16 bits, 2 weights, a broadcast and masks in 16 registers; the
 //           32-bit sums are in memory, touched once in eight steps
@@ -73,10 +73,10 @@ void add_columns8(const uint8_t* panel, const int8_t* codes, int64_t stride, int
     for (int h = 0; h < kHalves; ++h) {
       // Back from code + 128 to the signed code: flips the top bit.
       const __m256i w = _mm256_xor_si256(load_half(panel + col * 16 + 32 * h), middle);
-      const __m256i magnitude = _mm256_abs_epi8(w);
       for (int t = 0; t < kTokens; ++t) {
-        const __m256i four = _mm256_sign_epi8(broadcast_codes(codes + t * stride + col), w);
-        const __m256i pairs = _mm256_maddubs_epi16(magnitude, four);
+        const __m256i four = broadcast_codes(codes + t * stride + col);
+        const __m256i pairs =
+            _mm256_maddubs_epi16(_mm256_abs_epi8(four), _mm256_sign_epi8(w, four));
         dots[t][h] = _mm256_add_epi32(dots[t][h], _mm256_madd_epi16(pairs, ones));
       }
     }

@@ -58,6 +58,12 @@ void TqWriter::add_matrix(const std::string& name, const Matrix& matrix) {
 }
 
 Json TqWriter::describe_transform(const std::string& name, const Transform& transform) {
+  if (transform.kind == Transform::Kind::kDense) {
+    add_matrix(name + ".matrix", transform.matrix);
+    return {{"kind", "dense"},
+            {"size", transform.size},
+            {"matrix", describe_matrix(name + ".matrix", transform.matrix)}};
+  }
   Json json = {{"kind", "hadamard"}, {"size", transform.size}, {"block", transform.block}};
   json["signs"] = transform.signs != nullptr;
   if (transform.signs) {
@@ -83,11 +89,13 @@ void TqWriter::add_linear(const std::string& name, const Linear& linear, bool ti
     json["branch_a"] = describe_matrix(name + ".branch_a", *linear.branch_a);
     json["branch_b"] = describe_matrix(name + ".branch_b", *linear.branch_b);
   }
+  TQ_CHECK(linear.input.kind != Transform::Kind::kDense, "only the residual basis may be dense");
   if (linear.input.active()) json["input"] = describe_transform(name + ".input", linear.input);
   json["act"] = {{"bits", linear.act.bits}};
   if (linear.act.bits < 16) {
     json["act"]["group"] = linear.act.group;
     json["act"]["clip"] = linear.act.clip;
+    if (linear.act.full_range) json["act"]["full_range"] = true;
   }
   linears_[name] = std::move(json);
 }

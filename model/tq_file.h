@@ -14,7 +14,7 @@
 
 namespace tq {
 
-constexpr uint32_t kTqFormatVersion = 1;
+constexpr uint32_t kTqFormatVersion = 2;  // written; all versions from 1 on are read
 
 /// True if the file starts with the .tq magic.
 bool looks_like_tq(const std::string& path);

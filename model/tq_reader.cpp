@@ -74,10 +74,10 @@ void check_prologue(const MappedFile& file, const TqPrologue& prologue) {
     throw bad(path, "it does not start with the .tq magic", "make one with: tq quantize HF_DIR");
   }
   if (prologue.byte_order != kTqByteOrder) throw bad(path, "wrong byte order");
-  if (prologue.version != kTqFormatVersion) {
+  if (prologue.version < 1 || prologue.version > kTqFormatVersion) {
     throw bad(path,
-              "format version " + std::to_string(prologue.version) + ", this tq reads version " +
-                  std::to_string(kTqFormatVersion),
+              "format version " + std::to_string(prologue.version) +
+                  ", this tq reads versions 1 to " + std::to_string(kTqFormatVersion),
               prologue.version > kTqFormatVersion ? "use a newer tq" : "quantize the model again");
   }
   if (prologue.prologue_hash != XXH3_64bits(&prologue, offsetof(TqPrologue, prologue_hash))) {
@@ -133,7 +133,7 @@ class Reader {
                              c.vocab_size, c.dim);
     model.lm_head = linear("lm_head", c.vocab_size, c.dim);
     if (header_.contains("residual_basis")) {
-      model.residual_basis = transform(header_["residual_basis"], "residual_basis", c.dim);
+      model.residual_basis = residual_basis(header_["residual_basis"], c.dim);
     }
     model.final_norm = vector("final_norm", c.dim);
     for (int64_t i = 0; i < c.n_layers; ++i) model.layers.push_back(layer(c, i));
@@ -255,9 +255,31 @@ class Reader {
     return linears[name];
   }
 
+  Transform residual_basis(const Json& json, int64_t size) {
+    const std::string where = "residual_basis";
+    if (require_string(json, "kind", path_) != "dense") return transform(json, where, size);
+    only_keys(json, where, {"kind", "size", "matrix"});
+    Transform t;
+    t.kind = Transform::Kind::kDense;
+    t.size = require_int(json, "size", size, size, path_);
+    t.matrix = matrix(require(json, "matrix", path_), where + ".matrix", size, size);
+    if (t.matrix.packed()) throw bad(path_, where + ".matrix must be F32, F16 or BF16");
+    // Rounding moves a row of M by at most u of its length, u the unit roundoff of the storage, so
+    // |M^T M - I|_F <= (2 u + u^2) sqrt(n). Twice that, and 1e-3 for what a learner in f32 leaves.
+    const double u = t.matrix.storage == Storage::kF32   ? 0x1p-24
+                     : t.matrix.storage == Storage::kF16 ? 0x1p-11
+                                                         : 0x1p-8;
+    const double error = orthogonality_error(t.matrix);
+    if (!(error <= 1e-3 + 4 * u)) {
+      throw bad(path_, where + ".matrix is not orthogonal: off by " + std::to_string(error));
+    }
+    return t;
+  }
+
   Transform transform(const Json& json, const std::string& where, int64_t size) {
-    only_keys(json, where, {"kind", "size", "block", "signs"});
     const std::string kind = require_string(json, "kind", path_);
+    if (kind == "dense") throw bad(path_, where + ": only the residual basis may be dense");
+    only_keys(json, where, {"kind", "size", "block", "signs"});
     if (kind != "hadamard") {
       throw bad(path_, where + ": unknown transform " + kind, "use a newer tq");
     }
@@ -305,13 +327,14 @@ class Reader {
   }
 
   ActQuant act(const Json& json, const std::string& name) {
-    only_keys(json, name + ".act", {"bits", "group", "clip"});
+    only_keys(json, name + ".act", {"bits", "group", "clip", "full_range"});
     ActQuant act;
-    act.bits = static_cast<int>(require_int(json, "bits", 4, 16, path_));
+    act.bits = static_cast<int>(require_int(json, "bits", 3, 16, path_));
     if (act.bits == 16) return act;
     act.group = require_int(json, "group", 0, kMaxDim, path_);
     act.clip = static_cast<float>(optional_number(json, "clip", 1.0, path_));
-    if ((act.bits != 4 && act.bits != 8) ||
+    act.full_range = optional_bool(json, "full_range", false, path_);
+    if ((act.bits != 3 && act.bits != 4 && act.bits != 8) ||
         (act.group != 32 && act.group != 64 && act.group != 128) ||
         !(act.clip > 0.0f && act.clip <= 1.0f)) {
       throw bad(path_, name + ": activations of " + std::to_string(act.bits) + " bits, group " +

@@ -50,23 +50,34 @@ void matrix_row_f32(const Matrix& matrix, int64_t row, float* out);
 /// Throws kBadData with count and first index if an element is NaN or infinite.
 void check_finite(const Matrix& matrix, const std::string& name, const std::string& where);
 
-/// An orthogonal change of basis applied to row vectors: y = (x * diag(signs)) * H / sqrt(block),
-/// block by block. H is the Hadamard matrix of model/hadamard.h.
+/// How far a square dense matrix M [n, n] is from orthogonal: the largest of a few estimates of
+/// |M^T M - I|_F / sqrt(n), each |(M^T M - I) z| / |z| for a fixed vector z of random signs (its
+/// mean square is exactly that). Infinite or NaN elements give infinity or NaN.
+double orthogonality_error(const Matrix& matrix);
+
+/// An orthogonal change of basis applied to row vectors. Hadamard: y = (x * diag(signs)) * H /
+/// sqrt(block), block by block; H is the matrix of model/hadamard.h. Dense: y = x M; only the
+/// residual basis may be dense (the input of a linear is transformed at every call).
 struct Transform {
-  enum class Kind : uint8_t { kNone, kHadamard };
+  enum class Kind : uint8_t { kNone, kHadamard, kDense };
   Kind kind = Kind::kNone;
   int64_t size = 0;               // length of the vector
   int64_t block = 0;              // Hadamard order; divides size (equal to it if it exists)
   const int8_t* signs = nullptr;  // [size] of +1 / -1, or null for all +1
+  Matrix matrix = {};             // M [size, size], dense storage
   bool active() const { return kind != Kind::kNone; }
 };
 
-/// How the input of a linear is rounded at run time: symmetric, per token and group of columns,
-/// scale = max|x| * clip / (2^(bits-1) - 1). bits = 16 means not rounded (f32 is used).
+/// How the input of a linear is rounded at run time, per token and group of columns. bits = 16
+/// means not rounded (f32 is used). Symmetric: scale = max|x| * clip / (2^(bits-1) - 1), codes
+/// -(2^(bits-1) - 1) .. 2^(bits-1) - 1. Full range: the first x of the largest magnitude gets the
+/// lowest code, scale = -x * clip / 2^(bits-1), which may be negative; codes from -2^(bits-1) on.
 struct ActQuant {
-  int bits = 16;       // 4, 8 or 16
-  int64_t group = 64;  // columns per scale; 32, 64 or 128
+  int bits = 16;       // 3, 4, 8 or 16
+  int64_t group = 64;  // columns per scale; 32, 64 or 128; need not be the weight's
   float clip = 1.0f;
+  bool full_range = false;
+  bool operator==(const ActQuant&) const = default;
 };
 
 /// y[n, out] = x' R^T (+ (x' A^T) B^T), where x' = round(transform(x)).

@@ -29,6 +29,7 @@ constexpr Preset kPresets[] = {
 }
 
 uint64_t matrix_bytes(int64_t rows, int64_t cols, int bits, int64_t group) {
+  if (bits == 3) bits = 4;  // as they are stored
   const uint64_t row_bytes = static_cast<uint64_t>((cols * bits + 7) / 8);
   const uint64_t n_groups = bits < 16 ? static_cast<uint64_t>((cols + group - 1) / group) : 0;
   return static_cast<uint64_t>(rows) * (row_bytes + 2 * n_groups);

@@ -26,9 +26,10 @@ struct QuantizeOptions {
   RoundingKind rounding = RoundingKind::kNearest;
   int64_t rank = 0;      // of the low-rank branch, 0 = none
   int branch_bits = 16;  // of its factors: 16, 8 or 4
-  int bits_w = 4;        // 4 or 8; 16 and 32 store the weights of the chosen basis unrounded
-  int bits_a = 8;        // inputs of the linears at run time: 4, 8, or 16 (not rounded)
-  int64_t group = 64;    // columns per scale, weights and activations: 32, 64 or 128
+  int bits_w =
+      4;  // 3 (stored as 4), 4 or 8; 16 and 32 store the weights of the chosen basis unrounded
+  int bits_a = 8;      // inputs of the linears at run time: 3, 4, 8, or 16 (not rounded)
+  int64_t group = 64;  // columns per scale, weights and activations: 32, 64 or 128
   // 4, 8, 16, or 32 (an f32 source stays f32). Equal for tied embeddings: the file holds one table.
   int embed_bits = 16, head_bits = 16;
   std::vector<std::string> keep;  // regular expressions of linears to keep at 16 bits

@@ -45,9 +45,29 @@ void hadamard_block_transform(double* v, int64_t block, bool transposed,
   std::copy(scratch.begin(), scratch.end(), v);
 }
 
+// v <- v M, or v M^T.
+void dense_transform(const Matrix& m, double* v, bool transposed, std::vector<double>& scratch) {
+  std::vector<float> row(static_cast<size_t>(m.cols));
+  scratch.assign(row.size(), 0.0);
+  for (int64_t i = 0; i < m.rows; ++i) {
+    matrix_row_f32(m, i, row.data());
+    for (size_t j = 0; j < row.size(); ++j) {
+      if (transposed) {
+        scratch[static_cast<size_t>(i)] += v[j] * double{row[j]};
+      } else {
+        scratch[j] += v[i] * double{row[j]};
+      }
+    }
+  }
+  std::copy(scratch.begin(), scratch.end(), v);
+}
+
 void apply_with_scratch(const Transform& transform, double* v, bool inverse,
                         std::vector<double>& scratch) {
   if (!transform.active()) return;
+  if (transform.kind == Transform::Kind::kDense) {
+    return dense_transform(transform.matrix, v, inverse, scratch);
+  }
   const double scale = 1.0 / std::sqrt(static_cast<double>(transform.block));
   const auto multiply_signs = [&] {
     if (!transform.signs) return;

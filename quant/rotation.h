@@ -33,7 +33,7 @@ struct Rotation {
   Rotation& operator=(Rotation&&) = default;
 };
 
-/// v <- v T, or v T^T. In f64, `v` has transform.size elements.
+/// v <- v T, or v T^T, T Hadamard or dense. In f64, `v` has transform.size elements.
 void apply_transform(const Transform& transform, double* v, bool inverse);
 
 /// Each row r of w <- r T, for a T of cols / repeat columns applied to each of `repeat` blocks.

@@ -179,13 +179,14 @@ void store_strip(const StripBuffers& buffers, int64_t strip, const RoundingSpec&
 
 Rounded round_matrix(const FloatMatrix& w, const RoundingSpec& spec, const GptqFactor* factor,
                      int threads) {
-  TQ_CHECK(spec.bits == 4 || spec.bits == 8);
+  TQ_CHECK(spec.bits == 3 || spec.bits == 4 || spec.bits == 8);
   TQ_CHECK(spec.group > 0 && kBlock % spec.group == 0);
   TQ_CHECK(!factor || factor->n == w.cols);
-  const CodeRange range = spec.bits == 4 ? CodeRange{-8, 7} : CodeRange{-127, 127};
+  const float half = static_cast<float>(1 << (spec.bits - 1));
+  const CodeRange range = {spec.bits == 8 ? 1 - half : -half, half - 1};
   Rounded result;
   OwnedMatrix& out = result.matrix;
-  out.storage = spec.bits == 4 ? Storage::kQ4 : Storage::kQ8;
+  out.storage = spec.bits == 8 ? Storage::kQ8 : Storage::kQ4;
   out.rows = w.rows;
   out.cols = w.cols;
   out.group = spec.group;

@@ -1,4 +1,4 @@
-// rounding - a real matrix to 4- or 8-bit codes with one f16 scale per group of columns.
+// rounding - a real matrix to 3-, 4- or 8-bit codes with one f16 scale per group of columns.
 //
 // Two ways, one walk over the columns: to nearest (RTN), or GPTQ, which pushes the error of every
 // column into the columns not yet rounded. Not here: the second-moment matrix that GPTQ needs
@@ -13,9 +13,10 @@ namespace tq {
 
 struct GptqFactor;
 
-/// value = scale * code; codes -8..7 (4 bits) or -127..127 (8 bits).
+/// value = scale * code; codes -4..3 (3 bits, stored as 4), -8..7 (4 bits) or -127..127 (8 bits).
+/// Three bits save no space: they are a stress test for methods.
 struct RoundingSpec {
-  int bits = 4;  // 4 or 8
+  int bits = 4;  // 3, 4 or 8
   int64_t group =
       64;  // columns per scale: a multiple of 32 that divides 128; the last may be short
 };

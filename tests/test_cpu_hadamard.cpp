@@ -128,6 +128,52 @@ TEST(Hadamard, BackendTransformsEveryRow) {
   }
 }
 
+TEST(DenseTransform, IsTheProductWithTheMatrixAndItsTranspose) {
+  for (Storage storage : {Storage::kF32, Storage::kF16, Storage::kBF16}) {
+    for (int64_t n : {20, 64, 172}) {
+      const CaseMatrix m(storage, n, n, 0, 1);  // a product needs no orthogonality
+      Transform transform;
+      transform.kind = Transform::Kind::kDense;
+      transform.size = n;
+      transform.matrix = m.view;
+      const int64_t rows = 30;
+      const std::vector<float> x = random_floats(rows * n, 2);
+      for (bool inverse : {false, true}) {
+        CpuBackend plain(1, CpuIsa::kPlain);
+        const BufferPtr buffer = to_device(plain, x);
+        plain.transform(*buffer, rows, *plain.prepare_transform(transform), inverse);
+        const std::vector<float> y = to_host(plain, *buffer, rows * n);
+        for (int64_t i = 0; i < n; ++i) {
+          double sum = 0, terms = 0;
+          for (int64_t k = 0; k < n; ++k) {
+            const double term = m.at(inverse ? i : k, inverse ? k : i) *
+                                static_cast<double>(x[static_cast<size_t>(n + k)]);
+            sum += term;
+            terms += std::fabs(term);
+          }
+          // Row 1: at most n rounded additions of exact products.
+          ASSERT_NEAR(y[static_cast<size_t>(n + i)], sum,
+                      static_cast<double>(n) * 0x1.0p-24 * terms);
+        }
+        for (CpuIsa isa : supported_isas()) {
+          for (int threads : {1, 3}) {
+            CpuBackend backend(threads, isa);
+            const auto prepared = backend.prepare_transform(transform);
+            const BufferPtr all = to_device(backend, x);
+            backend.transform(*all, rows, *prepared, inverse);
+            ASSERT_TRUE(same_numbers(to_host(backend, *all, rows * n), y)) << isa_name(isa);
+            // One row alone is what it is among others.
+            const BufferPtr one = to_device(backend, {x.begin() + n, x.begin() + 2 * n});
+            backend.transform(*one, 1, *prepared, inverse);
+            ASSERT_TRUE(
+                same_numbers(to_host(backend, *one, n), {y.begin() + n, y.begin() + 2 * n}));
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(Hadamard, LinearTransformsItsInputFirst) {
   const Case c = {96, 96};
   const std::vector<int8_t> signs = random_signs(c.size);

@@ -25,6 +25,7 @@ struct Shape {
   int64_t rank = 0;
   Storage branch = Storage::kQ4;
   int64_t branch_group = 32;
+  bool full_range = false;
 };
 
 std::string describe(const Shape& s) {
@@ -32,14 +33,14 @@ std::string describe(const Shape& s) {
          std::to_string(s.group) + "/" + std::to_string(s.act_group) + " storage " +
          std::to_string(static_cast<int>(s.storage)) + " A" + std::to_string(s.act_bits) +
          " rank " + std::to_string(s.rank) + " branch " +
-         std::to_string(static_cast<int>(s.branch));
+         std::to_string(static_cast<int>(s.branch)) + (s.full_range ? " full range" : "");
 }
 
 std::unique_ptr<CaseLinear> make_linear(const Shape& s, uint32_t seed = 1) {
   auto linear = std::make_unique<CaseLinear>();
   linear->weight = CaseMatrix(s.storage, s.rows, s.cols, s.group, seed);
   linear->view.weight = linear->weight.view;
-  linear->view.act = {s.act_bits, s.act_group, 0.95f};
+  linear->view.act = {s.act_bits, s.act_group, 0.95f, s.full_range};
   if (s.rank > 0) {
     linear->branch_a = CaseMatrix(s.branch, s.rank, s.cols, s.group, seed + 1);
     linear->branch_b = CaseMatrix(s.branch, s.rows, s.rank, s.branch_group, seed + 2);
@@ -56,18 +57,19 @@ struct Rounded {
 };
 Rounded round_reference(const float* x, int64_t cols, const ActQuant& act) {
   Rounded out;
-  const float qmax = act.bits == 4 ? 7.0f : 127.0f;
+  const float half = static_cast<float>(1 << (act.bits - 1)), qmax = half - 1;
   for (int64_t begin = 0; begin < cols; begin += act.group) {
     const int64_t end = std::min(cols, begin + act.group);
-    float amax = 0;
-    for (int64_t i = begin; i < end; ++i) amax = std::max(amax, std::fabs(x[i]));
-    amax *= act.clip;
-    const float inverse = amax > 0 ? qmax / amax : 0;
+    const float* first = std::max_element(
+        x + begin, x + end, [](float a, float b) { return std::fabs(a) < std::fabs(b); });
+    const float a = (act.full_range ? *first : std::fabs(*first)) * act.clip;
+    const float steps = act.full_range ? -half : qmax;
+    const float inverse = a != 0 ? steps / a : 0;
     for (int64_t i = begin; i < end; ++i) {
       const float code = std::nearbyint(x[i] * inverse);
-      out.codes.push_back(static_cast<int>(std::clamp(code, -qmax, qmax)));
+      out.codes.push_back(static_cast<int>(std::clamp(code, act.full_range ? -half : -qmax, qmax)));
     }
-    out.scales.push_back(amax / qmax);
+    out.scales.push_back(a / steps);
   }
   return out;
 }
@@ -97,7 +99,8 @@ std::vector<float> linear_reference(const Linear& linear, const std::vector<floa
     for (int64_t r = 0; r < linear.rank(); ++r) {
       h.push_back(product_reference(rounded, linear.act, *linear.branch_a, r));
     }
-    const ActQuant h_act = {linear.act.bits, linear.rank() ? linear.branch_b->group : 1, 1.0f};
+    const ActQuant h_act = {linear.act.bits, linear.rank() ? linear.branch_b->group : 1, 1.0f,
+                            linear.act.full_range};
     const Rounded h_rounded = round_reference(h.data(), linear.rank(), h_act);
     for (int64_t row = 0; row < linear.out_dim(); ++row) {
       y.push_back(product_reference(rounded, linear.act, linear.weight, row));
@@ -110,7 +113,7 @@ std::vector<float> linear_reference(const Linear& linear, const std::vector<floa
 std::vector<Shape> many_shapes() {
   std::vector<Shape> shapes;
   for (Storage storage : {Storage::kQ4, Storage::kQ8}) {
-    for (int bits : {4, 8}) {
+    for (int bits : {3, 4, 8}) {
       shapes.push_back({48, 64, 32, 32, storage, bits});
       shapes.push_back({16, 32, 64, 64, storage, bits});     // one group, longer than the row
       shapes.push_back({33, 576, 128, 128, storage, bits});  // last group half empty
@@ -125,7 +128,13 @@ std::vector<Shape> many_shapes() {
       shapes.push_back({50, 192, 64, 64, storage, bits, 32, storage, 32});
       shapes.push_back({33, 172, 64, 64, storage, bits, 20, Storage::kQ8, 64});
       shapes.push_back({64, 96, 32, 32, storage, bits, 80, Storage::kQ4, 64});
+      shapes.push_back({20, 192, 128, 32, storage, bits, 40, storage, 128});
+      shapes.push_back({20, 192, 32, 128, storage, bits, 40, storage, 32});
     }
+  }
+  for (size_t i = 0, count = shapes.size(); i < count; ++i) {
+    shapes.push_back(shapes[i]);
+    shapes.back().full_range = true;
   }
   return shapes;
 }
@@ -173,7 +182,7 @@ TEST(PackedMatmul, DoesNotDependOnThreads) {
 }
 
 // One weight code in column 0, everything else zero: y = code * scale exactly.
-void check_every_code(Storage storage, int lowest, int highest) {
+void check_every_code(Storage storage, int lowest, int highest, bool full_range) {
   constexpr int64_t kCols = 32;
   const int64_t rows = highest - lowest + 1;
   CaseMatrix w(storage, rows, kCols, 32, 1);
@@ -190,18 +199,19 @@ void check_every_code(Storage storage, int lowest, int highest) {
       begin[0] = static_cast<std::byte>(code);
     }
   }
-  for (int bits : {4, 8}) {
-    const int qmax = bits == 4 ? 7 : 127;
+  for (int bits : {3, 4, 8}) {
+    const int qmax = (1 << (bits - 1)) - 1, qmin = full_range ? -qmax - 1 : -qmax;
     Linear linear;
     linear.weight = w.view;
-    linear.act = {bits, 32, 1.0f};
+    linear.act = {bits, 32, 1.0f, full_range};
     for (CpuIsa isa : supported_isas()) {
       CpuBackend backend(1, isa);
-      // The token's largest value is qmax, so its scale is exactly 1 and column 0 holds `a`.
-      for (int a = -qmax; a <= qmax; ++a) {
+      // The token's largest magnitude is that of qmin, so its scale is exactly 1 and column 0 holds
+      // the code `a`.
+      for (int a = qmin; a <= qmax; ++a) {
         std::vector<float> x(kCols, 0.0f);
         x[0] = static_cast<float>(a);
-        x[1] = static_cast<float>(qmax);
+        x[1] = static_cast<float>(qmin);
         const std::vector<float> y = run_linear(backend, linear, x, 1);
         for (int64_t row = 0; row < rows; ++row) {
           ASSERT_EQ(y[static_cast<size_t>(row)], static_cast<float>(a * (lowest + row)))
@@ -212,15 +222,15 @@ void check_every_code(Storage storage, int lowest, int highest) {
   }
 }
 TEST(PackedMatmul, EveryFourBitCodeTimesEveryActivationCodeIsExact) {
-  check_every_code(Storage::kQ4, -8, 7);
+  for (bool full_range : {false, true}) check_every_code(Storage::kQ4, -8, 7, full_range);
 }
 TEST(PackedMatmul, EveryEightBitCodeTimesEveryActivationCodeIsExact) {
-  check_every_code(Storage::kQ8, -127, 127);
+  for (bool full_range : {false, true}) check_every_code(Storage::kQ8, -127, 127, full_range);
 }
 
 TEST(PackedMatmul, ExtremeCodesDoNotOverflow) {
-  // All weights at the lowest or highest code, all activations at +-127: the largest sums there
-  // are.
+  // All weights at the lowest or highest code, all activations at +-127, or all of them -128 with a
+  // scale of either sign: the largest sums there are.
   for (Storage storage : {Storage::kQ4, Storage::kQ8}) {
     for (bool low : {false, true}) {
       CaseMatrix w(storage, 16, 128, 128, 1);
@@ -231,12 +241,13 @@ TEST(PackedMatmul, ExtremeCodesDoNotOverflow) {
       Linear linear;
       linear.weight = w.view;
       linear.act = {8, 128, 1.0f};
-      for (float sign : {-1.0f, 1.0f}) {
-        const std::vector<float> x(128, sign * 127.0f);
+      for (float value : {-127.0f, 127.0f, -128.0f, 128.0f}) {
+        linear.act.full_range = std::fabs(value) == 128.0f;
+        const std::vector<float> x(4 * 128, value);
         for (CpuIsa isa : supported_isas()) {
           CpuBackend backend(1, isa);
-          for (float y : run_linear(backend, linear, x, 1)) {
-            ASSERT_EQ(y, sign * 127.0f * static_cast<float>(code) * 128.0f) << isa_name(isa);
+          for (float y : run_linear(backend, linear, x, 4)) {
+            ASSERT_EQ(y, value * static_cast<float>(code) * 128.0f) << isa_name(isa);
           }
         }
       }
@@ -273,22 +284,51 @@ TEST(PackedMatmul, RoundsTiesToEvenAndClampsToTheClippedRange) {
 
 TEST(PackedMatmul, ZeroTokenGivesZeroAndNanReachesTheOutput) {
   const auto linear = make_linear({20, 64, 32, 32, Storage::kQ4, 8});
-  for (CpuIsa isa : supported_isas()) {
-    CpuBackend backend(1, isa);
-    std::vector<float> x(64, 0.0f);
-    for (float y : run_linear(backend, linear->view, x, 1)) ASSERT_EQ(y, 0.0f);
-    x[40] = std::numeric_limits<float>::quiet_NaN();
-    for (float y : run_linear(backend, linear->view, x, 1)) ASSERT_TRUE(std::isnan(y));
+  for (bool full_range : {false, true}) {
+    linear->view.act.full_range = full_range;
+    for (CpuIsa isa : supported_isas()) {
+      CpuBackend backend(1, isa);
+      std::vector<float> x(64, 0.0f);
+      for (float y : run_linear(backend, linear->view, x, 1)) ASSERT_EQ(y, 0.0f);
+      x[40] = std::numeric_limits<float>::quiet_NaN();
+      for (float y : run_linear(backend, linear->view, x, 1)) ASSERT_TRUE(std::isnan(y));
+    }
   }
 }
 
-TEST(PackedMatmul, IsWithinTheBoundOfADoubleReference) {
-  // Against exact arithmetic on the rounded operands: G groups, each term rounded by its scale
-  // product (1 eps) and by the fma chain (at most G eps of the running sum), so
-  // |error| <= (G + 2) eps sum_g |dot_g| s_g.
-  const Shape shape = {64, 576, 64, 64, Storage::kQ4, 8};
+TEST(PackedMatmul, FullRangeUsesEveryCodeAndTakesTheFirstOfEqualMagnitudes) {
+  // 4 bits, largest magnitude 8: scale 1 with -8 first, -1 with +8 first. The other one cannot have
+  // its code 8 and becomes 7. Columns 1..3 show ties to even.
+  CaseMatrix w(Storage::kQ8, 6, 32, 32, 1);
+  std::fill(w.data.begin(), w.data.end(), std::byte{0});
+  std::fill(w.scales.begin(), w.scales.end(), f32_to_f16(1.0f));
+  for (size_t i = 0; i < 6; ++i) w.data[i * 32 + i] = std::byte{1};  // y = x
+  Linear linear;
+  linear.weight = w.view;
+  linear.act = {4, 32, 1.0f, true};
+  for (float sign : {1.0f, -1.0f}) {
+    std::vector<float> x(32, 0.0f), expected(6);
+    const float values[] = {-8.0f, 0.5f, 1.5f, -2.5f, 7.4f, 8.0f}, read[] = {-8, 0, 2, -2, 7, 7};
+    for (size_t i = 0; i < 6; ++i) x[i] = sign * values[i], expected[i] = sign * read[i];
+    for (CpuIsa isa : supported_isas()) {
+      CpuBackend backend(1, isa);
+      ASSERT_TRUE(same_numbers(run_linear(backend, linear, x, 1), expected)) << isa_name(isa);
+    }
+  }
+  // clip 0.5: scale 0.5, codes -8..7 reach from -4 to 3.5.
+  linear.act.clip = 0.5f;
+  std::vector<float> x(32, 0.0f);
+  x[0] = -8.0f, x[1] = 8.0f, x[2] = 1.0f;
+  for (CpuIsa isa : supported_isas()) {
+    CpuBackend backend(1, isa);
+    ASSERT_TRUE(same_numbers(run_linear(backend, linear, x, 1), {-4.0f, 3.5f, 1.0f, 0, 0, 0}));
+  }
+}
+
+void expect_within_bound(const Shape& shape) {
   const auto linear = make_linear(shape);
-  const int64_t n = 13;
+  const int64_t n = 13, inner = std::min(shape.group, shape.act_group);
+  const int64_t n_inner = (shape.cols + inner - 1) / inner;
   const std::vector<float> x = random_floats(n * shape.cols, 5);
   CpuBackend backend(1);
   const std::vector<float> y = run_linear(backend, linear->view, x, n);
@@ -298,20 +338,32 @@ TEST(PackedMatmul, IsWithinTheBoundOfADoubleReference) {
     for (int64_t row = 0; row < shape.rows; ++row) {
       const std::vector<float> w = linear->weight.row(row);
       double exact = 0, bound = 0;
-      for (int64_t g = 0; g < 9; ++g) {
+      for (int64_t g = 0; g < n_inner; ++g) {
         double term = 0;
-        for (int64_t i = 64 * g; i < 64 * g + 64; ++i) {
+        for (int64_t i = inner * g; i < std::min(shape.cols, inner * (g + 1)); ++i) {
           term += static_cast<double>(w[static_cast<size_t>(i)]) *
                   rounded.codes[static_cast<size_t>(i)] *
-                  static_cast<double>(rounded.scales[static_cast<size_t>(g)]);
+                  static_cast<double>(rounded.scales[static_cast<size_t>(i / shape.act_group)]);
         }
         exact += term;
         bound += std::fabs(term);
       }
       // matrix_row_f32 rounds scale * code once more: one eps.
-      ASSERT_NEAR(y[static_cast<size_t>(t * shape.rows + row)], exact, (9 + 3) * kEps * bound);
+      ASSERT_NEAR(y[static_cast<size_t>(t * shape.rows + row)], exact,
+                  static_cast<double>(n_inner + 3) * kEps * bound);
     }
   }
+}
+
+TEST(PackedMatmul, IsWithinTheBoundOfADoubleReference) {
+  // Against exact arithmetic on the rounded operands: G groups, each term rounded by its scale
+  // product (1 eps) and by the fma chain (at most G eps of the running sum), so
+  // |error| <= (G + 2) eps sum_g |dot_g| s_g. The groups are the common parts of the two kinds.
+  const Shape shapes[] = {{64, 576, 64, 64, Storage::kQ4, 8},
+                          {64, 576, 128, 32, Storage::kQ4, 8},
+                          {64, 576, 64, 32, Storage::kQ4, 4, 0, Storage::kQ4, 0, true},
+                          {64, 576, 32, 128, Storage::kQ8, 3, 0, Storage::kQ4, 0, true}};
+  for (const Shape& shape : shapes) expect_within_bound(shape);
 }
 
 TEST(PackedMatmul, UnroundedInputUsesTheDequantizedWeights) {

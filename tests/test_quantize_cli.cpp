@@ -102,6 +102,19 @@ TEST_F(QuantizeCli, EveryMethodWorksOnEveryArchitecture) {
   }
 }
 
+TEST_F(QuantizeCli, ThreeBitsTakeTheSpaceOfFour) {
+  double bits[2];
+  for (int width : {3, 4}) {
+    const std::string n = std::to_string(width), report = folder_ / ("report" + n + ".json");
+    const Outcome result = run(kModel + output() + " --force --method rtn --bits-w " + n +
+                               " --bits-a " + n + " --report " + report);
+    ASSERT_EQ(result.code, 0) << result.err;
+    bits[width - 3] = parse_json(read_bytes(report), report)["bits_per_weight"].get<double>();
+    EXPECT_EQ(load_tq_file(folder_ / "m.tq").layers[0].wq.act.bits, width);
+  }
+  EXPECT_EQ(bits[0], bits[1]);
+}
+
 TEST_F(QuantizeCli, TwoRunsGiveTheSameBytes) {
   ASSERT_EQ(run(kModel + output() + calib() + " --threads 1").code, 0);
   const std::string first = read_bytes(folder_ / "m.tq");
@@ -120,12 +133,14 @@ TEST_F(QuantizeCli, DryRunWritesNothing) {
 
 TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
   expect_failure(2, kModel + output() + " --method twinquant", "methods: none, rtn");
-  expect_failure(2, kModel + output() + " --bits-w 3", "--bits-w");
+  expect_failure(2, kModel + output() + " --bits-w 5", "--bits-w");
+  expect_failure(2, kModel + output() + " --bits-a 5", "--bits-a");
   expect_failure(2, kModel + output() + " --group 48", "--group");
   expect_failure(2, kModel + output() + " --method svdquant --rank 33", "smallest side");
   expect_failure(2, kModel + output() + " --embed-bits 8 --head-bits 4", "stored once");
   expect_failure(2, kModel + output() + " --method rtn --calib-samples 3", "calibration options");
   expect_failure(2, kModel + output() + " --method none --bits-w 4", "contradicts");
+  expect_failure(2, kModel + output() + " --method none --bits-w 3", "contradicts");
   expect_failure(2, kModel + output() + " --branch-bits 8", "--branch-bits");
   expect_failure(2, kModel + output() + calib() + " --keep '('", "regular expression");
   expect_failure(2, kModel + output() + " --calib-length 257", "context");

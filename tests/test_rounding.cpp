@@ -64,6 +64,28 @@ TEST(Rounding, ReproducesValuesThatLieOnTheGrid) {
   EXPECT_EQ(packed_code(rounded.matrix.view(), 0, 14), 7);
 }
 
+TEST(Rounding, ThreeBitsAreTheCodesFromMinusFourToThree) {
+  // On the grid: scale 1/4 (largest 3/4, unclipped) gives no error. -1 is the code -4.
+  std::vector<float> values(32);
+  for (int i = 0; i < 32; ++i)
+    values[static_cast<size_t>(i)] = 0.25f * static_cast<float>(i % 7 - 3);
+  const FloatMatrix grid = make(1, 32, values);
+  const Rounded exact = round_matrix(grid, {3, 32}, nullptr, 1);
+  EXPECT_EQ(exact.matrix.storage, Storage::kQ4);
+  EXPECT_EQ(to_float_matrix(exact.matrix.view()).data, grid.data);
+  // Random ones: every code of the eight occurs, none beyond.
+  const Rounded rounded = round_matrix(random_matrix(32, 128, 5), {3, 64}, nullptr, 1);
+  int count[16] = {};
+  for (int64_t row = 0; row < 32; ++row) {
+    for (int64_t col = 0; col < 128; ++col) {
+      ++count[packed_code(rounded.matrix.view(), row, col) + 8];
+    }
+  }
+  for (int code = -8; code < 8; ++code) {
+    EXPECT_EQ(count[code + 8] > 0, -4 <= code && code <= 3) << code;
+  }
+}
+
 TEST(Rounding, CodesAreTheNearestIntegersToTheStoredScale) {
   for (int bits : {4, 8}) {
     const FloatMatrix w = random_matrix(21, 200, 3);  // ragged rows, ragged last group

@@ -3,7 +3,9 @@
 #include <unistd.h>
 #include <xxhash.h>
 
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <random>
 
 #include "model/error.h"
@@ -74,6 +76,7 @@ struct TestModel {
     layer.wo.branch_a = bytes.matrix(Storage::kF16, 4, 64, 0);
     layer.wo.branch_b = bytes.matrix(Storage::kF16, 64, 4, 0);
     layer.w_gate = linear(96, 64);
+    layer.w_gate.act = {3, 32, 1.0f, true};
     layer.w_up = linear(96, 64);
     layer.w_down = linear(64, 96);
     layer.w_down.input = {Transform::Kind::kHadamard, 96, 96, nullptr};
@@ -132,6 +135,16 @@ void edit_header(const std::string& path, const std::string& from, const std::st
   write_bytes(path, bytes);
 }
 
+void set_version(const std::string& path, uint32_t version) {
+  std::string bytes = read_bytes(path);
+  TqPrologue prologue;
+  std::memcpy(&prologue, bytes.data(), sizeof prologue);
+  prologue.version = version;
+  prologue.prologue_hash = XXH3_64bits(&prologue, offsetof(TqPrologue, prologue_hash));
+  std::memcpy(bytes.data(), &prologue, sizeof prologue);
+  write_bytes(path, bytes);
+}
+
 class TqFile : public ::testing::Test {
  protected:
   void SetUp() override { test_model.write(path); }
@@ -154,8 +167,7 @@ TEST_F(TqFile, RoundTripKeepsEveryValue) {
     EXPECT_TRUE(same_matrix(a.weight, b.weight)) << named.name;
     EXPECT_EQ(a.rank(), b.rank());
     EXPECT_EQ(a.input.block, b.input.block);
-    EXPECT_EQ(a.act.bits, b.act.bits);
-    EXPECT_EQ(a.act.clip, b.act.clip);
+    EXPECT_TRUE(a.act == b.act) << named.name;
   }
   EXPECT_TRUE(same_matrix(*model.layers[0].wo.branch_b, *expected.layers[0].wo.branch_b));
 }
@@ -202,7 +214,120 @@ TEST_F(TqFile, NewerVersionsSayWhichTqReads) {
   std::string bytes = read_bytes(path);
   bytes[8] = 9;
   write_bytes(path, bytes);
-  EXPECT_NE(failure(path).find("format version 9, this tq reads version 1"), std::string::npos);
+  EXPECT_NE(failure(path).find("format version 9, this tq reads versions 1 to 2"),
+            std::string::npos);
+}
+
+// Rows of a rotation in the planes (0, 1), (2, 3), ...
+std::vector<float> plane_rotations(int64_t n) {
+  std::vector<float> m(static_cast<size_t>(n * n));
+  for (int64_t i = 0; i < n; i += 2) {
+    m[static_cast<size_t>(i * n + i)] = m[static_cast<size_t>((i + 1) * n + i + 1)] = 0.6f;
+    m[static_cast<size_t>(i * n + i + 1)] = 0.8f;
+    m[static_cast<size_t>((i + 1) * n + i)] = -0.8f;
+  }
+  return m;
+}
+Transform dense_basis(const std::vector<float>& m) {
+  Transform basis;
+  basis.kind = Transform::Kind::kDense;
+  basis.size = 64;
+  basis.matrix.rows = basis.matrix.cols = 64;
+  basis.matrix.data = reinterpret_cast<const std::byte*>(m.data());
+  return basis;
+}
+
+TEST_F(TqFile, DenseResidualBasisTravels) {
+  const std::vector<float> m = plane_rotations(64);
+  test_model.model.residual_basis = dense_basis(m);
+  test_model.write(path);
+  EXPECT_EQ(failure(path, true), "");
+  const Model model = load_tq_file(path);
+  EXPECT_EQ(model.residual_basis.kind, Transform::Kind::kDense);
+  EXPECT_EQ(model.residual_basis.size, 64);
+  EXPECT_TRUE(same_matrix(model.residual_basis.matrix, test_model.model.residual_basis.matrix));
+  const std::string good = read_bytes(path);
+  const auto refused = [&](const std::string& from, const std::string& to) {
+    write_bytes(path, good);
+    edit_header(path, from, to);
+    return failure(path);
+  };
+  EXPECT_NE(refused(R"("size":64)", R"("size":32)").find("size"), std::string::npos);
+  EXPECT_NE(refused(R"("size":64)", R"("size":64,"block":64)").find("unknown field"),
+            std::string::npos);
+  EXPECT_NE(refused(R"("storage":"F32")", R"("storage":"BF16")").find("BF16"), std::string::npos);
+  EXPECT_NE(refused(R"("kind":"hadamard","size":96,"block":96,"signs":false)", R"("kind":"dense")")
+                .find("only the residual basis may be dense"),
+            std::string::npos);
+}
+
+TEST_F(TqFile, ABasisThatIsNotOrthogonalIsRefused) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<float> good = plane_rotations(64);
+  const auto outcome = [&](size_t index, float value) {
+    std::vector<float> m = good;
+    m[index] = value;
+    test_model.model.residual_basis = dense_basis(m);
+    test_model.write(path);
+    return failure(path);
+  };
+  EXPECT_EQ(outcome(0, 0.6f), "");
+  EXPECT_EQ(outcome(0, 0.6001f), "");
+  for (float value : {0.0f, 0.7f, 6.0f, nan, INFINITY}) {
+    EXPECT_NE(outcome(0, value).find("not orthogonal"), std::string::npos) << value;
+  }
+}
+
+TEST(Orthogonality, IsMeasuredInUnitsOfTheRoundingOfTheStorage) {
+  // A dense rotation in f64 rounded to each storage: below 2 u + u^2, and not zero.
+  constexpr int64_t n = 64;
+  std::mt19937 random(3);
+  std::normal_distribution<double> normal;
+  std::vector<double> m(n * n);
+  for (double& x : m) x = normal(random);
+  for (int64_t i = 0; i < n; ++i) {  // Gram and Schmidt, twice
+    for (int64_t pass = 0; pass < 2; ++pass) {
+      for (int64_t j = 0; j < i; ++j) {
+        double dot = 0;
+        for (int64_t k = 0; k < n; ++k) dot += m[i * n + k] * m[j * n + k];
+        for (int64_t k = 0; k < n; ++k) m[i * n + k] -= dot * m[j * n + k];
+      }
+    }
+    double square = 0;
+    for (int64_t k = 0; k < n; ++k) square += m[i * n + k] * m[i * n + k];
+    for (int64_t k = 0; k < n; ++k) m[i * n + k] /= std::sqrt(square);
+  }
+  const struct {
+    Storage storage;
+    double u;
+  } cases[] = {{Storage::kF32, 0x1p-24}, {Storage::kF16, 0x1p-11}, {Storage::kBF16, 0x1p-8}};
+  for (const auto& c : cases) {
+    std::vector<std::byte> data(n * n * (c.storage == Storage::kF32 ? 4 : 2));
+    for (size_t i = 0; i < m.size(); ++i) {
+      const float value = static_cast<float>(m[i]);
+      const uint16_t half = c.storage == Storage::kF16 ? f32_to_f16(value) : f32_to_bf16(value);
+      if (c.storage == Storage::kF32) {
+        std::memcpy(data.data() + 4 * i, &value, 4);
+      } else {
+        std::memcpy(data.data() + 2 * i, &half, 2);
+      }
+    }
+    const Matrix matrix = {c.storage, n, n, 0, data.data(), nullptr};
+    EXPECT_LE(orthogonality_error(matrix), 2 * c.u + c.u * c.u);
+    EXPECT_GE(orthogonality_error(matrix), 0.1 * c.u);
+  }
+}
+
+TEST_F(TqFile, VersionOneIsStillRead) {
+  // As the tq before version 2 wrote it: the same file without the fields that came later.
+  edit_header(path, R"(,"full_range":true)", "");
+  edit_header(path, R"("bits":3)", R"("bits":4)");
+  edit_header(path, R"("tq_format":2)", R"("tq_format":1)");
+  set_version(path, 1);
+  EXPECT_EQ(failure(path, true), "");
+  EXPECT_TRUE(load_tq_file(path).layers[0].w_gate.act == (ActQuant{4, 32, 1.0f, false}));
+  set_version(path, 0);
+  EXPECT_NE(failure(path).find("format version 0"), std::string::npos);
 }
 
 TEST_F(TqFile, DamagedTensorIsNamed) {
@@ -240,6 +365,8 @@ INSTANTIATE_TEST_SUITE_P(
         Lie{R"("storage":"Q4")", R"("storage":"Q8")", "expected Q8"},
         Lie{R"("rows":32)", R"("rows":33)", "the config asks for"},
         Lie{R"("bits":4)", R"("bits":5)", "activations of 5 bits"},
+        Lie{R"("bits":3)", R"("bits":2)", "bits"},
+        Lie{R"("full_range":true)", R"("full_range":1)", "full_range"},
         Lie{R"("clip":)", R"("clap":)", "unknown field"},
         Lie{R"("block":96)", R"("block":7)", "Hadamard block 7"},
         Lie{R"("kind":"hadamard")", R"("kind":"magic")", "unknown transform magic"},

@@ -51,7 +51,7 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
     throw Error(ErrorKind::kUsage, "usage", "tq quantize",
                 option + " contradicts --method " + args.method);
   };
-  if (args.method == "none" && (args.rounding || args.bits_w == 4 || args.bits_w == 8)) {
+  if (args.method == "none" && (args.rounding || args.bits_w.value_or(16) < 16)) {
     contradiction(args.rounding ? "--rounding" : "--bits-w " + std::to_string(*args.bits_w));
   }
   if (args.rounding) {
@@ -309,11 +309,13 @@ void add_method_options(CLI::App& command, QuantizeArguments& args) {
   command.add_option("--branch-bits", args.branch_bits, "bits of the branch's factors")
       ->check(CLI::IsMember({16, 8, 4}))
       ->default_str("16");
-  command.add_option("--bits-w", args.bits_w, "bits of the weights; 16, 32: unrounded")
-      ->check(CLI::IsMember({4, 8, 16, 32}))
+  command
+      .add_option("--bits-w", args.bits_w,
+                  "bits of the weights; 3 is stored as 4; 16, 32: unrounded")
+      ->check(CLI::IsMember({3, 4, 8, 16, 32}))
       ->default_str("4");
   command.add_option("--bits-a", args.bits_a, "bits of the linears' inputs at run time")
-      ->check(CLI::IsMember({4, 8, 16}))
+      ->check(CLI::IsMember({3, 4, 8, 16}))
       ->default_str("8");
   command.add_option("--group", args.group, "columns that share a scale")
       ->check(CLI::IsMember({128, 64, 32}))
