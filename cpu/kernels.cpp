@@ -6,6 +6,7 @@
 #include "cpu/matmul.h"
 #include "cpu/ops.h"
 #include "cpu/packed_matmul.h"
+#include "cpu/softmax.h"
 
 namespace tq {
 
@@ -32,6 +33,9 @@ constexpr Kernels kPlainKernels = {
     .silu_mul = plain_silu_mul,
     .add = plain_add,
     .scale_gain = plain_scale_gain,
+    .max = plain_max,
+    .sum_exp = plain_sum_exp,
+    .sum_exp_diff = plain_sum_exp_diff,
     .rope = plain_rope,
 };
 

@@ -111,6 +111,11 @@ struct Kernels {
   void (*add)(float* x, const float* y, int64_t count);
   /// out = x * factor * gain
   void (*scale_gain)(const float* x, float factor, const float* gain, int64_t count, float* out);
+  /// Largest of `count` values; and sums over i of exp(x[i] - shift), alone and times
+  /// (x[i] - y[i]), in double. See softmax.h.
+  float (*max)(const float* x, int64_t count);
+  double (*sum_exp)(const float* x, float shift, int64_t count);
+  double (*sum_exp_diff)(const float* x, const float* y, float shift, int64_t count);
   /// One head: pairs (i, i + half) turned by the angle whose cos and sin are given.
   void (*rope)(float* head, const float* cos, const float* sin, int64_t half);
 };

@@ -119,6 +119,52 @@ void lanes_dequant(int bits, const std::byte* codes, float scale, int64_t count,
   }
 }
 
+float lanes_max(const float* x, int64_t count) {
+  const Lanes lowest = Lanes::set(-kInfinity);
+  Lanes largest = lowest;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) largest = Lanes::max(largest, Lanes::load(x + i));
+  if (i < count) {
+    const Lanes rest = Lanes::load_first(x + i, count - i);
+    largest = Lanes::max(largest, Lanes::keep_first(rest, count - i, lowest));
+  }
+  return largest.max_of_lanes();
+}
+
+double sum_double_lanes(const DoubleLanes& lanes) {
+  double sum[kLanes];
+  lanes.store(sum);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) sum[i] += sum[i + half];
+  }
+  return sum[0];
+}
+
+double lanes_sum_exp(const float* x, float shift, int64_t count) {
+  DoubleLanes sums = DoubleLanes::zero();
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    sums.add(exp_lanes(Lanes::load(x + i) - Lanes::set(shift)));
+  }
+  if (i < count) {
+    const Lanes rest = exp_lanes(Lanes::load_first(x + i, count - i) - Lanes::set(shift));
+    sums.add(Lanes::keep_first(rest, count - i, Lanes::zero()));
+  }
+  return sum_double_lanes(sums);
+}
+
+double lanes_sum_exp_diff(const float* x, const float* y, float shift, int64_t count) {
+  DoubleLanes sums = DoubleLanes::zero();
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = count - i;
+    const Lanes xs = Lanes::load_first(x + i, n), ys = Lanes::load_first(y + i, n);
+    // Behind the last element xs - ys is 0 - 0, but exp(0 - shift) may be infinite.
+    const Lanes weighted = exp_lanes(xs - Lanes::set(shift)) * (xs - ys);
+    sums.add(Lanes::keep_first(weighted, n, Lanes::zero()));
+  }
+  return sum_double_lanes(sums);
+}
+
 void lanes_merge(float* max, float* sum, float* out, float span_max, float span_sum,
                  const float* span_out, int64_t count) {
   const float new_max = *max < span_max ? span_max : *max;

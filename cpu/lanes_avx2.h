@@ -181,5 +181,23 @@ struct Lanes {
   }
 };
 
+struct DoubleLanes {
+  __m256d quarters[4];  // lanes 0-3, 4-7, 8-11, 12-15
+
+  static DoubleLanes zero() {
+    const __m256d none = _mm256_setzero_pd();
+    return {{none, none, none, none}};
+  }
+  void add(Lanes x) {
+    quarters[0] = _mm256_add_pd(quarters[0], _mm256_cvtps_pd(_mm256_castps256_ps128(x.lo)));
+    quarters[1] = _mm256_add_pd(quarters[1], _mm256_cvtps_pd(_mm256_extractf128_ps(x.lo, 1)));
+    quarters[2] = _mm256_add_pd(quarters[2], _mm256_cvtps_pd(_mm256_castps256_ps128(x.hi)));
+    quarters[3] = _mm256_add_pd(quarters[3], _mm256_cvtps_pd(_mm256_extractf128_ps(x.hi, 1)));
+  }
+  void store(double* p) const {
+    for (int i = 0; i < 4; ++i) _mm256_storeu_pd(p + 4 * i, quarters[i]);
+  }
+};
+
 }  // namespace
 }  // namespace tq

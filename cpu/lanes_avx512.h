@@ -137,5 +137,20 @@ struct Lanes {
   }
 };
 
+/// Sixteen sums in double.
+struct DoubleLanes {
+  __m512d lo, hi;  // lanes 0-7, 8-15
+
+  static DoubleLanes zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+  void add(Lanes x) {
+    lo = _mm512_add_pd(lo, _mm512_cvtps_pd(_mm512_castps512_ps256(x.v)));
+    hi = _mm512_add_pd(hi, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1)));
+  }
+  void store(double* p) const {
+    _mm512_storeu_pd(p, lo);
+    _mm512_storeu_pd(p + 8, hi);
+  }
+};
+
 }  // namespace
 }  // namespace tq

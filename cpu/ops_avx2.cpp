@@ -29,6 +29,9 @@ const Kernels kAvx2Kernels = {
     .silu_mul = lanes_silu_mul,
     .add = lanes_add,
     .scale_gain = lanes_scale_gain,
+    .max = lanes_max,
+    .sum_exp = lanes_sum_exp,
+    .sum_exp_diff = lanes_sum_exp_diff,
     .rope = lanes_rope,
 };
 

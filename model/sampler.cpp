@@ -22,18 +22,6 @@ int32_t argmax(std::span<const float> logits) {
   return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
 }
 
-double log_sum_exp(std::span<const float> logits) {
-  const float top = *std::max_element(logits.begin(), logits.end());
-  // Four sums: the exponentials dominate, and one chain of double adds would serialise them.
-  double sums[4] = {};
-  const size_t whole = logits.size() / 4 * 4;
-  for (size_t i = 0; i < whole; i += 4) {
-    for (size_t j = 0; j < 4; ++j) sums[j] += std::exp(logits[i + j] - top);
-  }
-  for (size_t i = whole; i < logits.size(); ++i) sums[0] += std::exp(logits[i] - top);
-  return static_cast<double>(top) + std::log(sums[0] + sums[1] + sums[2] + sums[3]);
-}
-
 int32_t Sampler::sample(std::span<const float> logits) {
   TQ_CHECK(!logits.empty());
   for (float logit : logits) TQ_CHECK(!std::isnan(logit), "a logit is not a number");

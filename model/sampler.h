@@ -35,7 +35,4 @@ class Sampler {
 /// Id of the largest value, the lowest one on ties.
 int32_t argmax(std::span<const float> logits);
 
-/// log(sum(exp(logits))), computed around the maximum in double.
-double log_sum_exp(std::span<const float> logits);
-
 }  // namespace tq
