@@ -183,4 +183,46 @@ Var round_with_scales(const Var& w, const Var& scales, int bits, int64_t group) 
   });
 }
 
+Var scale_codes(const Matrix& packed, const Var& scales) {
+  const int64_t n_groups = packed.n_groups();
+  TQ_CHECK(packed.packed() && packed.group % 2 == 0);
+  TQ_CHECK(scales.shape() == (Shape{1, packed.rows, n_groups}));
+  const Shape shape{1, packed.rows, packed.cols};
+  // The codes of one group as f32.
+  const auto expand = [packed](const Kernels& kernels, int64_t row, int64_t group, float* out) {
+    const int bits = packed.storage == Storage::kQ4 ? 4 : 8;
+    const int64_t begin = group * packed.group, count = std::min(packed.group, packed.cols - begin);
+    kernels.dequant(bits, packed.data + row * packed.row_bytes() + begin * bits / 8, 1.0f, count,
+                    out);
+    return count;
+  };
+  Tensor value = new_tensor(scales.tape(), shape);
+  parallel_ranges(scales.tape(), packed.rows, packed.cols, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      for (int64_t group = 0; group < n_groups; ++group) {
+        float* out = value.own() + row * packed.cols + group * packed.group;
+        const int64_t count = expand(scales.tape().kernels(), row, group, out);
+        const float s = scales.data()[row * n_groups + group];
+        for (int64_t i = 0; i < count; ++i) out[i] *= s;
+      }
+    }
+  });
+  const int32_t node = scales.node();
+  return new_var(std::move(value), {&scales}, [=](Tensor gradient, Gradients& out) {
+    float* ds = out.sum(node);
+    parallel_ranges(out.tape(), packed.rows, packed.cols, [&](int64_t first, int64_t last) {
+      std::vector<float> codes(static_cast<size_t>(packed.group));
+      for (int64_t row = first; row < last; ++row) {
+        for (int64_t group = 0; group < n_groups; ++group) {
+          const int64_t count = expand(out.tape().kernels(), row, group, codes.data());
+          const float* g = gradient.data() + row * packed.cols + group * packed.group;
+          float sum = 0;
+          for (int64_t i = 0; i < count; ++i) sum += g[i] * codes[static_cast<size_t>(i)];
+          ds[row * n_groups + group] += sum;
+        }
+      }
+    });
+  });
+}
+
 }  // namespace tq

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/autodiff.h"
+#include "model/weights.h"
 
 namespace tq {
 
@@ -38,5 +39,9 @@ Var round_groups(const Var& x, const GroupRounding& rounding, const Var& clip,
 /// clamp(rint(w / scale), -2^(bits-1), 2^(bits-1) - 1), exact gradient of the scales. A scale of 0
 /// gives 0.
 Var round_with_scales(const Var& w, const Var& scales, int bits, int64_t group);
+
+/// scale * code of a packed matrix [rows, cols] whose scales [rows, n_groups] are an operand; the
+/// codes are fixed. `packed` outlives the tape; its own scales are not read.
+Var scale_codes(const Matrix& packed, const Var& scales);
 
 }  // namespace tq

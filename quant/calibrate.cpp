@@ -59,11 +59,6 @@ Calibration cut_samples(const std::vector<int32_t>& ids, int64_t n_samples, int6
   return calibration;
 }
 
-LayerGrams::LayerGrams(const Config& config) {
-  const int64_t sizes[4] = {config.dim, config.q_dim(), config.dim, config.hidden_dim};
-  for (int i = 0; i < 4; ++i) grams[i] = std::make_unique<Gram>(sizes[i]);
-}
-
 CalibrationStream::CalibrationStream(const Model& model, const Calibration& calibration,
                                      const Transform& residual, Backend& backend, int threads)
     : backend_(backend),
@@ -90,7 +85,7 @@ CalibrationStream::CalibrationStream(const Model& model, const Calibration& cali
   }
 }
 
-void CalibrationStream::run_layer(const Layer& layer, LayerGrams* grams,
+void CalibrationStream::run_layer(const Layer& layer, const Sink& sink,
                                   const std::function<void()>& stop) {
   const PreparedLayer prepared = prepare_layer(backend_, layer);
   const Transform& down = layer.w_down.input;
@@ -103,7 +98,7 @@ void CalibrationStream::run_layer(const Layer& layer, LayerGrams* grams,
       input = scratch_.get();
     }
     backend_.download(*input, 0, {host_.data(), static_cast<size_t>(rows * cols)});
-    grams->at(site).add(host_.data(), rows, threads_);
+    sink(site, host_.data(), rows, cols);
   };
   const auto cache = backend_.make_kv_cache(config_, length_, 32);
   const size_t sample_floats = static_cast<size_t>(length_ * config_.dim);
@@ -112,7 +107,7 @@ void CalibrationStream::run_layer(const Layer& layer, LayerGrams* grams,
     const std::span<float> sample(hidden_.data() + begin, sample_floats);
     backend_.upload(*acts_.x, sample);
     forward_layer(backend_, config_, prepared, rope_, *cache, 0, 0, length_, acts_,
-                  grams ? tap : LayerTap{});
+                  sink ? tap : LayerTap{});
     backend_.download(*acts_.x, 0, sample);
   }
 }

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "model/forward.h"
-#include "quant/gptq.h"
+#include "quant/site_stats.h"
 
 namespace tq {
 
@@ -33,23 +33,21 @@ Calibration cut_samples(const std::vector<int32_t>& ids, int64_t n_samples, int6
 /// The text used without --calib: addresses of US presidents, public domain, 290 kB.
 std::string_view builtin_calibration_text();
 
-/// Second moments at the four sites of a layer, by Site.
-struct LayerGrams {
-  explicit LayerGrams(const Config& config);
-  Gram& at(Site site) { return *grams[static_cast<size_t>(site)]; }
-  std::unique_ptr<Gram> grams[4];
-};
-
 class CalibrationStream {
  public:
   /// Embeds all samples. `residual` is the basis of the stream. References must outlive this.
   CalibrationStream(const Model& model, const Calibration& calibration, const Transform& residual,
                     Backend& backend, int threads);
 
-  /// Moves the stream through `layer`. grams: filled with the inputs of its linears, after the
-  /// linears' own transforms; null to only move on. `stop` is asked between samples and throws to
-  /// abandon the layer.
-  void run_layer(const Layer& layer, LayerGrams* grams, const std::function<void()>& stop);
+  /// What is done with the inputs x [rows, cols] of a site, after the linears' own transform; the
+  /// rows are those of one sample.
+  using Sink = std::function<void(Site site, const float* x, int64_t rows, int64_t cols)>;
+  /// Moves the stream through `layer`. sink: null to only move on. `stop` is asked between samples
+  /// and throws to abandon the layer.
+  void run_layer(const Layer& layer, const Sink& sink, const std::function<void()>& stop);
+
+  /// The residual stream of all samples, [n_tokens, dim].
+  const std::vector<float>& hidden() const { return hidden_; }
 
  private:
   Backend& backend_;

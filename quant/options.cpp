@@ -13,16 +13,67 @@ struct Preset {
   const char* name;
   Basis basis;
   RoundingKind rounding;
-  int64_t rank;
+  int64_t rank = 0;
+  Split split = Split::kSvd;
+  int branch_bits = 16;
+  bool full_range = false;
+  int64_t steps = 0, refine_steps = 0;
 };
 
+// Steps were chosen on SmolLM2 (docs/results.md): more still help, slowly.
 constexpr Preset kPresets[] = {
-    {"none", Basis::kNone, RoundingKind::kStore, 0},
-    {"rtn", Basis::kNone, RoundingKind::kNearest, 0},
-    {"gptq", Basis::kNone, RoundingKind::kGptq, 0},         // Frantar et al. 2023
-    {"quarot", Basis::kHadamard, RoundingKind::kGptq, 0},   // Ashkboos et al. 2024
-    {"svdquant", Basis::kNone, RoundingKind::kNearest, 32}  // Li et al. 2025
-};
+    {"none", Basis::kNone, RoundingKind::kStore},
+    {"rtn", Basis::kNone, RoundingKind::kNearest},
+    {"gptq", Basis::kNone, RoundingKind::kGptq},              // Frantar et al. 2023
+    {"quarot", Basis::kHadamard, RoundingKind::kGptq},        // Ashkboos et al. 2024
+    {"svdquant", Basis::kNone, RoundingKind::kNearest, 32},   // Li et al. 2025
+    {.name = "spinquant",                                     // Liu et al. 2025
+     .basis = Basis::kLearned,
+     .rounding = RoundingKind::kGptqCorrected,
+     .full_range = true,
+     .steps = 200},
+    {.name = "respinquant",  // Kim et al. 2026
+     .basis = Basis::kLayerwise,
+     .rounding = RoundingKind::kGptqCorrected,
+     .full_range = true,
+     .steps = 200},
+    {.name = "twinquant",  // Wang et al. 2026
+     .basis = Basis::kLearned,
+     .rounding = RoundingKind::kGptqCorrected,
+     .rank = 32,
+     .split = Split::kFit,
+     .branch_bits = 4,
+     .full_range = true,
+     .steps = 200,
+     .refine_steps = 24}};
+
+const char* basis_name(Basis basis) {
+  switch (basis) {
+    case Basis::kNone:
+      return "none";
+    case Basis::kHadamard:
+      return "hadamard";
+    case Basis::kLearned:
+      return "learned";
+    case Basis::kLayerwise:
+      return "layerwise";
+  }
+  return "?";
+}
+
+const char* rounding_name(RoundingKind rounding) {
+  switch (rounding) {
+    case RoundingKind::kStore:
+      return "none";
+    case RoundingKind::kNearest:
+      return "rtn";
+    case RoundingKind::kGptq:
+      return "gptq";
+    case RoundingKind::kGptqCorrected:
+      return "gptq-ls";
+  }
+  return "?";
+}
 
 [[noreturn]] void usage(const std::string& why, const std::string& hint = "") {
   throw Error(ErrorKind::kUsage, "usage", "tq quantize", why, hint);
@@ -52,6 +103,11 @@ QuantizeOptions method_preset(const std::string& method) {
     options.basis = preset.basis;
     options.rounding = preset.rounding;
     options.rank = preset.rank;
+    options.split = preset.split;
+    options.branch_bits = preset.branch_bits;
+    options.full_range = preset.full_range;
+    options.steps = preset.steps;
+    options.refine_steps = preset.refine_steps;
     if (preset.rounding == RoundingKind::kStore) options.bits_w = options.bits_a = 16;
     return options;
   }
@@ -71,6 +127,19 @@ void check_options(const QuantizeOptions& options, const Config& config) {
           "it rounds nothing");
   }
   if (options.rank > 0 && !rounds) usage("--rank has no effect when weights are not rounded");
+  if (options.refine_steps > 0 && !rounds) {
+    usage("--refine-steps has no effect when weights are not rounded");
+  }
+  if (options.rank > 0 && options.split == Split::kFit && !options.uses_gptq()) {
+    usage("--split fit needs --rounding gptq or gptq-ls", "it fits what GPTQ leaves over");
+  }
+  if (options.rank > 0 && options.split == Split::kFit && options.branch_bits == 16) {
+    usage("--branch-bits 16 contradicts --split fit", "4 or 8");
+  }
+  if (options.basis == Basis::kLayerwise && options.basis_rank > config.dim) {
+    usage("--basis-rank " + std::to_string(options.basis_rank) + " exceeds the model's width",
+          "at most " + std::to_string(config.dim));
+  }
   const int64_t smallest =
       std::min({config.dim, config.hidden_dim, config.q_dim(), config.kv_dim()});
   if (options.rank > smallest) {
@@ -91,15 +160,22 @@ void check_options(const QuantizeOptions& options, const Config& config) {
 Json describe_options(const QuantizeOptions& options) {
   Json json;
   json["method"] = options.method;
-  json["basis"] = options.basis == Basis::kHadamard ? "hadamard" : "none";
-  json["rounding"] = options.rounding == RoundingKind::kGptq      ? "gptq"
-                     : options.rounding == RoundingKind::kNearest ? "rtn"
-                                                                  : "none";
+  json["basis"] = basis_name(options.basis);
+  if (options.basis == Basis::kLayerwise) json["basis_rank"] = options.basis_rank;
+  json["rounding"] = rounding_name(options.rounding);
   json["bits_w"] = options.bits_w;
   json["bits_a"] = options.bits_a;
   json["group"] = options.group;
+  json["group_a"] = options.group_a;
+  json["full_range"] = options.full_range;
+  json["kv_bits"] = options.kv_bits;
   json["rank"] = options.rank;
-  if (options.rank > 0) json["branch_bits"] = options.branch_bits;
+  if (options.rank > 0) {
+    json["split"] = options.split == Split::kFit ? "fit" : "svd";
+    json["branch_bits"] = options.branch_bits;
+  }
+  if (options.learns_basis()) json["steps"] = options.steps;
+  json["refine_steps"] = options.refine_steps;
   json["embed_bits"] = options.embed_bits;
   json["head_bits"] = options.head_bits;
   json["keep"] = options.keep;

@@ -1,8 +1,10 @@
 // options - what `tq quantize` can do: three independent parts, and methods as presets of them.
 //
-//   basis          none | hadamard        (rotation.h)
-//   decomposition  none | low-rank branch (decompose.h)
-//   rounding       store | nearest | gptq (rounding.h)
+//   basis          none | hadamard | learned | a learned one per sublayer   (rotation.h, learn.h)
+//   decomposition  none | branch by SVD | branch fitted to the rounding's error  (decompose.h,
+//                  branch.h)
+//   rounding       store | nearest | GPTQ | GPTQ of corrected weights       (rounding.h, gptq.h)
+// and, after all layers, a refinement of the scales (refine.h).
 // A method of the literature is one choice of the three, so that what a comparison changes is
 // exactly one of them. Read next: pipeline.h.
 #pragma once
@@ -17,27 +19,48 @@
 
 namespace tq {
 
-enum class Basis { kNone, kHadamard };
-enum class RoundingKind { kStore, kNearest, kGptq };
+/// kLayerwise: one basis for every sublayer, joined by low-rank rotations of the residual stream.
+enum class Basis { kNone, kHadamard, kLearned, kLayerwise };
+/// kGptqCorrected: before GPTQ the weights are corrected, by least squares, for what the rounding
+/// of the inputs does to the outputs.
+enum class RoundingKind { kStore, kNearest, kGptq, kGptqCorrected };
+/// Where a low-rank branch comes from: the leading part of the weight, or the error that rounding
+/// the rest leaves over.
+enum class Split { kSvd, kFit };
 
 struct QuantizeOptions {
   std::string method;  // preset that the parts below started from
   Basis basis = Basis::kNone;
   RoundingKind rounding = RoundingKind::kNearest;
   int64_t rank = 0;      // of the low-rank branch, 0 = none
-  int branch_bits = 16;  // of its factors: 16, 8 or 4
+  Split split = Split::kSvd;
+  int branch_bits = 16;     // of its factors: 16, 8 or 4
+  int64_t basis_rank = 32;  // kLayerwise: of the rotations between bases; dim = exact
   int bits_w =
       4;  // 3 (stored as 4), 4 or 8; 16 and 32 store the weights of the chosen basis unrounded
   int bits_a = 8;      // inputs of the linears at run time: 3, 4, 8, or 16 (not rounded)
-  int64_t group = 64;  // columns per scale, weights and activations: 32, 64 or 128
+  int64_t group = 64;    // columns per scale of the weights: 32, 64 or 128
+  int64_t group_a = 64;  // columns per scale of the inputs
+  bool full_range = false;  // inputs use all codes (model/weights.h, ActQuant); clips are searched
+  int kv_bits = 16;         // default of the file: 32, 16, 8 or 4
   // 4, 8, 16, or 32 (an f32 source stays f32). Equal for tied embeddings: the file holds one table.
   int embed_bits = 16, head_bits = 16;
   std::vector<std::string> keep;  // regular expressions of linears to keep at 16 bits
   uint64_t seed = 0;
   int64_t calib_samples = 64, calib_length = 512;
+  int64_t steps = 0;         // of learning the basis
+  int64_t refine_steps = 0;  // of refining the scales against the original model's predictions
   int threads = 1;
 
-  bool needs_calibration() const { return rounding == RoundingKind::kGptq; }
+  bool uses_gptq() const {
+    return rounding == RoundingKind::kGptq || rounding == RoundingKind::kGptqCorrected;
+  }
+  bool learns_basis() const { return basis == Basis::kLearned || basis == Basis::kLayerwise; }
+  /// The branch is rounded with knowledge of the inputs, all of which are kept for that.
+  bool rounds_branch() const { return rank > 0 && branch_bits < 16 && uses_gptq(); }
+  bool needs_calibration() const {
+    return uses_gptq() || learns_basis() || refine_steps > 0;
+  }
   /// A 16-bit copy of the source: nothing is transformed or rounded.
   bool copies_weights() const {
     return rounding == RoundingKind::kStore && basis == Basis::kNone && rank == 0;

@@ -2,53 +2,155 @@
 #include "quant/quantize_layer.h"
 
 #include "model/error.h"
+#include "quant/branch.h"
 #include "quant/decompose.h"
 #include "quant/rounding.h"
 
 namespace tq {
 namespace {
 
-constexpr Site kSiteOf[kNLinears] = {Site::kAttnIn, Site::kAttnIn, Site::kAttnIn, Site::kAttnOut,
-                                     Site::kFfnIn,  Site::kFfnIn,  Site::kFfnMid};
-
 // Streams of random numbers: 0 for the residual basis, layer + 1 for the heads of a layer.
 constexpr uint64_t kResidualStream = 0;
+// Rounds of fitting the branch to what the residual leaves over, and rounding the residual again.
+// A third round gained nothing.
+constexpr int kFitRounds = 2;
 
 Storage unrounded_storage(const QuantizeOptions& options, bool keep, const FloatMatrix& w) {
   return options.bits_w == 32 && !keep ? Storage::kF32 : choose_16_bit(w.data);
 }
 
+// Unrounded bases are for tests of exactness: there the stored matrix must not round either.
+OwnedMatrix store_basis(const FloatMatrix& m, const QuantizeOptions& options) {
+  return store_dense(m.data, m.rows, m.cols,
+                     options.bits_w == 32 ? Storage::kF32 : choose_16_bit(m.data));
+}
+
+OwnedLowRankStep store_step(const BasisStep& step, const QuantizeOptions& options) {
+  return {store_basis(step.a, options), store_basis(step.b, options)};
+}
+
+Transform dense_transform(const OwnedMatrix& matrix) {
+  Transform transform;
+  transform.kind = Transform::Kind::kDense;
+  transform.size = matrix.rows;
+  transform.matrix = matrix.view();
+  return transform;
+}
+
+// What rounding a linear may know about its inputs; null without calibration.
+struct Inputs {
+  const SiteStats* stats = nullptr;
+  const GptqFactor* factor = nullptr;
+};
+
+// W ~ B A + R, all three rounded: the branch is given or fitted, R takes what it leaves.
+int64_t round_with_branch(const FloatMatrix& target, const LowRank* given, const Inputs& inputs,
+                          const QuantizeOptions& options, OwnedLinear& out) {
+  const RoundingSpec spec{options.bits_w, options.group};
+  const BranchSpec branch_spec{options.rank, options.branch_bits, options.group, options.threads};
+  const auto round_rest = [&](const FittedBranch& branch) {
+    FloatMatrix rest = target;
+    subtract(rest, branch.seen);
+    return round_matrix(rest, spec, inputs.factor, options.threads);
+  };
+  FittedBranch branch;
+  Rounded rounded;
+  if (given) {
+    const FloatMatrix product = product_nn(given->b, given->a, options.threads);
+    branch = round_branch(*given, product, *inputs.stats, *inputs.factor, branch_spec);
+    rounded = round_rest(branch);
+  } else {
+    rounded = round_matrix(target, spec, inputs.factor, options.threads);
+    for (int round = 0; round < kFitRounds; ++round) {
+      FloatMatrix error = target;
+      subtract(error, to_float_matrix(rounded.matrix.view()));
+      branch = fit_branch(error, *inputs.stats, *inputs.factor, branch_spec);
+      rounded = round_rest(branch);
+    }
+  }
+  out.branch_a = std::move(branch.a);
+  out.branch_b = std::move(branch.b);
+  out.weight = std::move(rounded.matrix);
+  return rounded.n_clipped;
+}
+
 // Stores one weight. Returns the number of clipped weights.
 int64_t store_linear(const FloatMatrix& w, const LinearPlan& plan, const QuantizeOptions& options,
-                     const GptqFactor* factor, OwnedLinear& out) {
+                     const LowRank* given, const Inputs& inputs, OwnedLinear& out) {
+  out.act.bits = plan.keep ? 16 : options.bits_a;
+  out.act.group = options.group_a;
   if (plan.keep || options.rounding == RoundingKind::kStore) {
     out.weight = store_dense(w.data, w.rows, w.cols, unrounded_storage(options, plan.keep, w));
-    out.act.bits = plan.keep ? 16 : options.bits_a;
-    out.act.group = options.group;
     return 0;
   }
-  out.act.bits = options.bits_a;
-  out.act.group = options.group;
+  if (inputs.stats) {
+    out.act = inputs.stats->act();
+  } else {
+    out.act.full_range = options.full_range;
+  }
+  const bool corrects = options.rounding == RoundingKind::kGptqCorrected && options.bits_a < 16;
+  const FloatMatrix target =
+      corrects ? correct_weights(w, *inputs.stats, *inputs.factor, options.threads) : w;
+  if (options.rounds_branch()) return round_with_branch(target, given, inputs, options, out);
   const RoundingSpec spec{options.bits_w, options.group};
   Rounded rounded;
   if (options.rank > 0) {
-    Decomposed split = decompose(w, options.rank, options.branch_bits, options.group);
-    rounded = round_matrix(split.residual, spec, factor, options.threads);
+    Decomposed split = decompose(target, options.rank, options.branch_bits, options.group);
+    rounded = round_matrix(split.residual, spec, inputs.factor, options.threads);
     out.branch_a = std::move(split.a);
     out.branch_b = std::move(split.b);
   } else {
-    rounded = round_matrix(w, spec, factor, options.threads);
+    rounded = round_matrix(target, spec, inputs.factor, options.threads);
   }
   out.weight = std::move(rounded.matrix);
   return rounded.n_clipped;
 }
 
+// The branch of a linear before rounding, folded; nothing where it is fitted later.
+std::optional<LowRank> given_branch(const FloatMatrix& w, int64_t layer, int linear,
+                                    const QuantizeOptions& options, const ModelBasis& basis,
+                                    const SiteStats* stats) {
+  if (!options.rounds_branch() || options.split == Split::kFit) return std::nullopt;
+  if (const LowRank* learned = basis.branch(layer, linear)) {
+    LowRank folded = *learned;
+    fold_branch(folded, static_cast<LinearIndex>(linear), layer, *basis.learned(), options.threads);
+    return folded;
+  }
+  LowRank factors = truncated_svd(w, options.rank);
+  const FloatMatrix h = product_nt(stats->rounded(), factors.a, options.threads);
+  balance_branch(factors,
+                 to_double(product_tn(h, h, options.threads)) / static_cast<double>(h.rows),
+                 options.threads);
+  return factors;
+}
+
 }  // namespace
 
 ModelBasis::ModelBasis(const QuantizeOptions& options, const Config& config) {
+  if (options.basis == Basis::kNone) return;
+  down_ = Rotation::plain_hadamard(config.hidden_dim);
   if (options.basis != Basis::kHadamard) return;
-  residual = Rotation::random_hadamard(config.dim, options.seed, kResidualStream);
-  down = Rotation::plain_hadamard(config.hidden_dim);
+  residual_ = Rotation::random_hadamard(config.dim, options.seed, kResidualStream);
+}
+
+void ModelBasis::deploy(LearnedBasis learned, const QuantizeOptions& options) {
+  deployed_.emplace(learned, options.basis_rank);
+  first_ = store_basis(deployed_->residual.front(), options);
+  last_ = store_basis(deployed_->residual.back(), options);
+  branches_ = std::move(learned.branches);
+}
+
+Transform ModelBasis::input() const {
+  return deployed_ ? dense_transform(first_) : residual_.transform;
+}
+
+Transform ModelBasis::output() const {
+  return deployed_ ? dense_transform(last_) : residual_.transform;
+}
+
+const LowRank* ModelBasis::branch(int64_t layer, int linear) const {
+  if (branches_.empty()) return nullptr;
+  return &branches_[static_cast<size_t>(layer)][static_cast<size_t>(linear)];
 }
 
 std::string ModelBasis::fallback_note(const Config& config) const {
@@ -59,7 +161,7 @@ std::string ModelBasis::fallback_note(const Config& config) const {
     note += (note.empty() ? "" : "; ") + std::string("no Hadamard matrix of order ") +
             std::to_string(size) + " (" + name + "): blocks of " + std::to_string(block);
   };
-  if (!residual.transform.active()) return note;
+  if (!down_.transform.active()) return note;
   check("hidden_size", config.dim);
   check("intermediate_size", config.hidden_dim);
   check("head_dim", config.head_dim);
@@ -69,44 +171,61 @@ std::string ModelBasis::fallback_note(const Config& config) const {
 FloatLayer fold_layer(const Model& model, int64_t index, const QuantizeOptions& options,
                       const ModelBasis& basis) {
   FloatLayer layer = load_float_layer(model, index, options.threads);
-  if (!basis.residual.transform.active()) return layer;
+  if (options.basis == Basis::kNone) return layer;
   fold_norm_gains(layer, options.threads);
-  const Rotation heads = Rotation::random_hadamard(model.config.head_dim, options.seed,
-                                                   static_cast<uint64_t>(index) + 1);
   // A w_down kept at 16 bits needs no online transform: nothing is rounded there.
   const bool keep_down = plan_layer(options, model.config, index)[kWDown].keep;
-  rotate_layer(layer, model.config, basis.residual.transform, heads.transform,
-               keep_down ? Transform{} : basis.down.transform, options.threads);
+  const Transform down = keep_down ? Transform{} : basis.down();
+  if (const DeployedBasis* learned = basis.learned()) {
+    transform_rows(layer.linears[kWDown], down, 1, options.threads);
+    layer.down_input = down;
+    fold_into_basis(layer, index, *learned, options.threads);
+    if (learned->layerwise()) {
+      const size_t step = static_cast<size_t>(2 * index);
+      layer.attn_skip = store_step(learned->steps[step], options);
+      layer.ffn_skip = store_step(learned->steps[step + 1], options);
+    }
+    return layer;
+  }
+  const Rotation heads = Rotation::random_hadamard(model.config.head_dim, options.seed,
+                                                   static_cast<uint64_t>(index) + 1);
+  rotate_layer(layer, model.config, basis.input(), heads.transform, down, options.threads);
   return layer;
 }
 
 QuantizedLayer quantize_layer(const FloatLayer& folded, int64_t index,
                               const QuantizeOptions& options, const Config& config,
-                              LayerGrams* grams, const std::function<void()>& stop) {
+                              const ModelBasis& basis, LayerStats* stats,
+                              const std::function<void()>& stop) {
   const std::vector<LinearPlan> plan = plan_layer(options, config, index);
   QuantizedLayer result;
   result.layer.attn_norm = folded.attn_norm;
   result.layer.ffn_norm = folded.ffn_norm;
   result.layer.q_norm = folded.q_norm;
   result.layer.k_norm = folded.k_norm;
+  result.layer.attn_skip = folded.attn_skip;
+  result.layer.ffn_skip = folded.ffn_skip;
   GptqFactor factor;
   for (int i = 0; i < kNLinears; ++i) {
     stop();
     const LinearPlan& linear = plan[static_cast<size_t>(i)];
     const FloatMatrix& w = folded.linears[static_cast<size_t>(i)];
-    const Gram* gram = grams ? &grams->at(kSiteOf[i]) : nullptr;
-    const bool uses_factor = options.rounding == RoundingKind::kGptq && !linear.keep;
+    const SiteStats* site = stats ? &stats->at(kSiteOf[i]) : nullptr;
+    const bool uses_factor = options.uses_gptq() && !linear.keep;
     // Linears of one site follow each other, so one factor is in memory at a time.
     const bool same_site = i > 0 && kSiteOf[i] == kSiteOf[i - 1];
     if (uses_factor && !same_site) {
-      TQ_CHECK(gram);
-      factor = factorize(*gram, options.threads, linear.name.c_str());
+      TQ_CHECK(site);
+      factor = factorize(site->gram(), options.threads, linear.name.c_str());
     }
     OwnedLinear& out = result.layer.linears[static_cast<size_t>(i)];
-    const int64_t n_clipped =
-        store_linear(w, linear, options, uses_factor ? &factor : nullptr, out);
+    const std::optional<LowRank> given =
+        linear.keep ? std::nullopt : given_branch(w, index, i, options, basis, site);
+    const int64_t n_clipped = store_linear(w, linear, options, given ? &*given : nullptr,
+                                           {site, uses_factor ? &factor : nullptr}, out);
     if (i == kWDown) out.input = folded.down_input;
-    result.reports.push_back(measure_linear(linear.name, w, out, n_clipped, gram, options.threads));
+    result.reports.push_back(measure_linear(linear.name, w, out, n_clipped,
+                                            site ? &site->gram() : nullptr, options.threads));
   }
   return result;
 }

@@ -1,0 +1,332 @@
+// learn - the descent over bases. See learn.h; read Learner::run() first.
+#include "quant/learn.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include "model/error.h"
+#include "quant/branch.h"
+#include "quant/gl.h"
+#include "quant/objective.h"
+#include "quant/rng.h"
+#include "quant/stiefel.h"
+
+namespace tq {
+namespace {
+
+// Layers of a step and tokens of each: folding a weight into a basis costs as much as multiplying
+// `dim` tokens by it, so few layers with some hundred tokens each learn fastest a second.
+constexpr int64_t kLayersPerStep = 6, kTokensPerStep = 256;
+// Step lengths at the start of the cosine schedule, of Adam per entry of the generator (radians).
+constexpr double kResidualRate = 0.004, kHeadRate = 0.01, kLayerwiseRate = 0.002, kGaugeRate = 0.01;
+// Streams of random numbers, apart from those of quantize_layer.cpp (0 .. n_layers).
+constexpr uint64_t kResidualSigns = 1u << 20, kHeadSigns = 2u << 20, kSchedule = 3u << 20;
+
+MatrixRM random_hadamard(int64_t n, uint64_t seed, uint64_t stream) {
+  const Rotation rotation = Rotation::random_hadamard(n, seed, stream);
+  MatrixRM m = MatrixRM::Identity(n, n);
+  for (int64_t i = 0; i < n; ++i) apply_transform(rotation.transform, m.row(i).data(), false);
+  return m;
+}
+
+// One orthogonal matrix on its way down.
+class Descending {
+ public:
+  Descending(MatrixRM start, double rate) : matrix(std::move(start)), rate_(rate) {
+    StiefelOptions options;
+    options.descent.momentum = 0.9;
+    options.descent.adam = true;
+    options.descent.per_entry = true;
+    options.descent.second_momentum = 0.95;
+    options.descent.max_step = 4;
+    optimizer_ = std::make_unique<StiefelOptimizer>(options);
+    publish();
+  }
+  BasisLeaf leaf() {
+    touched_ = true;
+    return {&values, gradient.data()};
+  }
+  bool touched() const { return touched_; }
+  void step(double factor) {
+    if (!touched_) return;
+    MatrixRM d(matrix.rows(), matrix.cols());
+    for (int64_t i = 0; i < d.size(); ++i) d.data()[i] = double{gradient[static_cast<size_t>(i)]};
+    optimizer_->set_lr(rate_ * factor);
+    optimizer_->step(matrix, d);
+    publish();
+  }
+  void set_rate(double rate) { rate_ = rate; }
+
+  MatrixRM matrix;
+  FloatMatrix values;           // the same in f32, as the tape reads it
+  std::vector<float> gradient;  // of values
+
+ private:
+  void publish() {
+    values = to_float(matrix);
+    gradient.assign(values.data.size(), 0.0f);
+    touched_ = false;
+  }
+  double rate_;
+  bool touched_ = false;
+  std::unique_ptr<StiefelOptimizer> optimizer_;
+};
+
+// The branch of one linear and its G.
+struct DescendingBranch {
+  LowRank factors;  // as moved by G
+  std::vector<float> gradient_a, gradient_b;
+  std::unique_ptr<MultiplicativeGauge> gauge;
+
+  void clear() {
+    gradient_a.assign(factors.a.data.size(), 0.0f);
+    gradient_b.assign(factors.b.data.size(), 0.0f);
+  }
+  void step(double factor) {
+    MatrixRM a = to_double(factors.a), b = to_double(factors.b);
+    const MatrixRM g_a = to_double({factors.a.rows, factors.a.cols, gradient_a});
+    const MatrixRM g_b = to_double({factors.b.rows, factors.b.cols, gradient_b});
+    gauge->set_lr(kGaugeRate * factor);
+    gauge->step(gauge_gradient(g_a, a, b, g_b)).apply(a, b);
+    factors.a = to_float(a);
+    factors.b = to_float(b);
+  }
+};
+
+class Learner {
+ public:
+  Learner(const Model& model, const QuantizeOptions& options, const InputBank& bank,
+          const Transform& down, const LearnHooks& hooks)
+      : model_(model), options_(options), bank_(bank), down_(down), hooks_(hooks),
+        n_layers_(model.config.n_layers), rng_(options.seed, kSchedule) {
+    const Config& c = model.config;
+    residual_.emplace_back(random_hadamard(c.dim, options.seed, kResidualSigns), kResidualRate);
+    for (int64_t layer = 0; layer < n_layers_; ++layer) {
+      const uint64_t stream = kHeadSigns + static_cast<uint64_t>(layer);
+      heads_.emplace_back(random_hadamard(c.head_dim, options.seed, stream), kHeadRate);
+    }
+    if (options.rank > 0 && options.split == Split::kSvd) split_weights();
+  }
+
+  LearnResult run() {
+    const bool layerwise = options_.basis == Basis::kLayerwise;
+    // Sublayer bases start from a global one: what they have in common is learned by all layers
+    // together, and the rotations between them stay small.
+    const int64_t shared = layerwise ? options_.steps / 2 : options_.steps;
+    descend(0, shared);
+    if (layerwise) {
+      const MatrixRM start = residual_.front().matrix;
+      residual_.clear();
+      for (int64_t i = 0; i <= 2 * n_layers_; ++i) residual_.emplace_back(start, kLayerwiseRate);
+      descend(shared, options_.steps);
+    }
+    LearnResult result;
+    for (const Descending& basis : residual_) {
+      result.orthogonality_error =
+          std::max(result.orthogonality_error, orthogonality_error(basis.matrix));
+      result.basis.residual.push_back(nearest_orthogonal(basis.matrix));
+    }
+    for (const Descending& head : heads_) {
+      result.basis.heads.push_back(nearest_orthogonal(head.matrix));
+    }
+    for (auto& layer : branches_) {
+      result.basis.branches.emplace_back();
+      for (size_t i = 0; i < layer.size(); ++i) {
+        result.basis.branches.back()[i] = std::move(layer[i].factors);
+      }
+    }
+    result.losses = std::move(losses_);
+    return result;
+  }
+
+ private:
+  // The leading singular triplets of every weight, with the closed-form G between the factors.
+  void split_weights() {
+    for (int64_t index = 0; index < n_layers_; ++index) {
+      hooks_.stop();
+      const FloatLayer layer = load(index);
+      branches_.emplace_back();
+      for (size_t i = 0; i < kNLinears; ++i) {
+        DescendingBranch& branch = branches_.back()[i];
+        branch.factors = truncated_svd(layer.linears[i], options_.rank);
+        const FloatMatrix x = bank_.gather(index, kSiteOf[i], all_tokens());
+        const FloatMatrix h = product_nt(x, branch.factors.a, options_.threads);
+        balance_branch(branch.factors,
+                       to_double(product_tn(h, h, options_.threads)) / static_cast<double>(h.rows),
+                       options_.threads);
+        branch.gauge = std::make_unique<MultiplicativeGauge>(
+            MatrixRM::Identity(options_.rank, options_.rank), gauge_options());
+        branch.clear();
+      }
+    }
+  }
+
+  static GaugeOptions gauge_options() {
+    GaugeOptions options;
+    options.descent.momentum = 0.9;
+    options.descent.adam = true;
+    options.descent.per_entry = true;
+    options.descent.second_momentum = 0.95;
+    return options;
+  }
+
+  std::vector<int64_t> all_tokens() const {
+    std::vector<int64_t> tokens(static_cast<size_t>(bank_.n_tokens()));
+    for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int64_t>(i);
+    return tokens;
+  }
+
+  FloatLayer load(int64_t index) const {
+    FloatLayer layer = load_float_layer(model_, index, options_.threads);
+    fold_norm_gains(layer, options_.threads);
+    transform_rows(layer.linears[kWDown], down_, 1, options_.threads);
+    return layer;
+  }
+
+  // Every layer once before any comes again, in random order.
+  int64_t next_layer() {
+    if (order_.empty()) {
+      for (int64_t i = 0; i < n_layers_; ++i) order_.push_back(i);
+      for (size_t i = order_.size() - 1; i > 0; --i) {
+        std::swap(order_[i], order_[static_cast<size_t>(rng_.next() % (i + 1))]);
+      }
+    }
+    const int64_t layer = order_.back();
+    order_.pop_back();
+    return layer;
+  }
+
+  void descend(int64_t first, int64_t last) {
+    const int64_t n_visits = std::min(kLayersPerStep, n_layers_);
+    for (int64_t step = first; step < last; ++step) {
+      double loss = 0;
+      std::vector<int64_t> visited;
+      for (int64_t i = 0; i < n_visits; ++i) {
+        hooks_.stop();
+        visited.push_back(next_layer());
+        loss += visit(visited.back()) / static_cast<double>(n_visits);
+      }
+      const double progress = static_cast<double>(step - first) / static_cast<double>(last - first);
+      const double factor = 0.5 * (1.0 + std::cos(std::numbers::pi * progress));
+      move(visited, factor);
+      losses_.push_back(loss);
+      const size_t window = std::min<size_t>(losses_.size(), 10);
+      double recent = 0;
+      for (size_t i = losses_.size() - window; i < losses_.size(); ++i) recent += losses_[i];
+      hooks_.progress(step + 1, options_.steps, recent / static_cast<double>(window));
+    }
+  }
+
+  double visit(int64_t index) {
+    std::vector<int64_t> tokens;
+    for (int64_t i = 0; i < kTokensPerStep; ++i) {
+      tokens.push_back(static_cast<int64_t>(rng_.next() % static_cast<uint64_t>(bank_.n_tokens())));
+    }
+    FloatLayer layer = load(index);
+    std::array<FloatMatrix, kNLinears> originals;
+    LayerProblem problem;
+    problem.layer = &layer;
+    for (size_t site = 0; site < 4; ++site) {
+      problem.inputs[site] = bank_.gather(index, static_cast<Site>(site), tokens);
+    }
+    const bool shared = residual_.size() == 1;
+    const size_t at = shared ? 0 : static_cast<size_t>(2 * index);
+    problem.in = residual_[at].leaf();
+    problem.mid = residual_[shared ? 0 : at + 1].leaf();
+    problem.out = residual_[shared ? 0 : at + 2].leaf();
+    problem.heads = heads_[static_cast<size_t>(index)].leaf();
+    if (!branches_.empty()) {
+      for (size_t i = 0; i < kNLinears; ++i) {
+        DescendingBranch& branch = branches_[static_cast<size_t>(index)][i];
+        originals[i] = layer.linears[i];
+        layer.linears[i] = subtract_product(originals[i], branch.factors.b, branch.factors.a);
+        problem.originals[i] = &originals[i];
+        problem.branches[i] = {&branch.factors, branch.gradient_a.data(), branch.gradient_b.data()};
+      }
+    }
+    return layer_loss(problem, options_);
+  }
+
+  void move(const std::vector<int64_t>& visited, double factor) {
+    std::vector<Descending*> moving;
+    for (Descending& basis : residual_) {
+      if (basis.touched()) moving.push_back(&basis);
+    }
+    for (Descending& head : heads_) {
+      if (head.touched()) moving.push_back(&head);
+    }
+#pragma omp parallel for num_threads(options_.threads) schedule(dynamic, 1)
+    for (size_t i = 0; i < moving.size(); ++i) moving[i]->step(factor);
+    if (branches_.empty()) return;
+    for (int64_t layer : visited) {
+      for (DescendingBranch& branch : branches_[static_cast<size_t>(layer)]) {
+        branch.step(factor);
+        branch.clear();
+      }
+    }
+  }
+
+  const Model& model_;
+  const QuantizeOptions& options_;
+  const InputBank& bank_;
+  const Transform& down_;
+  const LearnHooks& hooks_;
+  const int64_t n_layers_;
+  SplitMix64 rng_;
+  std::vector<Descending> residual_, heads_;
+  std::vector<std::array<DescendingBranch, kNLinears>> branches_;
+  std::vector<int64_t> order_;
+  std::vector<double> losses_;
+};
+
+}  // namespace
+
+InputBank::InputBank(const Model& model, const Calibration& calibration, const Transform& down,
+                     Backend& backend, int threads,
+                     const std::function<void(int64_t layer)>& progress) {
+  Calibration first;
+  const int64_t length = static_cast<int64_t>(calibration.samples.front().size());
+  const size_t n_samples = static_cast<size_t>((kTokens + length - 1) / length);
+  // Spread over the text like the samples themselves.
+  const size_t available = calibration.samples.size(), count = std::min(n_samples, available);
+  for (size_t i = 0; i < count; ++i) {
+    first.samples.push_back(calibration.samples[i * available / count]);
+  }
+  n_tokens_ = first.n_tokens();
+  CalibrationStream stream(model, first, {}, backend, threads);
+  for (int64_t index = 0; index < model.config.n_layers; ++index) {
+    progress(index);
+    FloatLayer layer = load_float_layer(model, index, threads);
+    fold_norm_gains(layer, threads);
+    transform_rows(layer.linears[kWDown], down, 1, threads);
+    layer.down_input = down;
+    inputs_.emplace_back();
+    stream.run_layer(
+        layer.view(),
+        [&](Site site, const float* x, int64_t rows, int64_t cols) {
+          FloatMatrix& kept = inputs_.back()[static_cast<size_t>(site)];
+          kept.cols = cols;
+          kept.rows += rows;
+          kept.data.insert(kept.data.end(), x, x + rows * cols);
+        },
+        [] {});
+  }
+}
+
+FloatMatrix InputBank::gather(int64_t layer, Site site, const std::vector<int64_t>& tokens) const {
+  const FloatMatrix& kept = inputs_[static_cast<size_t>(layer)][static_cast<size_t>(site)];
+  FloatMatrix x{static_cast<int64_t>(tokens.size()), kept.cols, {}};
+  x.data.reserve(tokens.size() * static_cast<size_t>(kept.cols));
+  for (int64_t token : tokens) {
+    x.data.insert(x.data.end(), kept.row(token), kept.row(token) + kept.cols);
+  }
+  return x;
+}
+
+LearnResult learn_basis(const Model& model, const QuantizeOptions& options, const InputBank& bank,
+                        const Transform& down, const LearnHooks& hooks) {
+  return Learner(model, options, bank, down, hooks).run();
+}
+
+}  // namespace tq

@@ -1,0 +1,266 @@
+// refine - the quantized model on the tape. See refine.h; read Student::layer() first.
+#include "quant/refine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <deque>
+#include <numbers>
+
+#include "cpu/autodiff_model.h"
+#include "cpu/autodiff_ops.h"
+#include "cpu/autodiff_rounding.h"
+#include "model/error.h"
+#include "quant/rng.h"
+#include "quant/rotation.h"
+
+namespace tq {
+namespace {
+
+// Sequences a step. Steps of Adam are relative: a scale moves by at most kRate of itself a step.
+constexpr int64_t kSequences = 2;
+constexpr double kRate = 0.004, kFirstDecay = 0.9, kSecondDecay = 0.95, kWarmUp = 0.05;
+constexpr uint64_t kOrder = 4u << 20;  // stream of random numbers
+
+// The scales of one packed matrix, with Adam's moments.
+struct Scales {
+  explicit Scales(OwnedMatrix& matrix) : matrix(matrix) {
+    for (uint16_t bits : matrix.scales) values.push_back(f16_to_f32(bits));
+    gradient.resize(values.size());
+    first.resize(values.size());
+    second.resize(values.size());
+  }
+  Var on(Tape& tape) {
+    const Matrix view = matrix.view();
+    return scale_codes(view, tape.parameter({1, view.rows, view.n_groups()}, values.data(),
+                                            gradient.data()));
+  }
+  // Adam in the logarithm of the scale, whose gradient is value * gradient.
+  void step(double rate, int64_t t) {
+    const double first_bias = 1.0 - std::pow(kFirstDecay, static_cast<double>(t));
+    const double second_bias = 1.0 - std::pow(kSecondDecay, static_cast<double>(t));
+    for (size_t i = 0; i < values.size(); ++i) {
+      const double g = double{gradient[i]} * double{values[i]};
+      first[i] = static_cast<float>(kFirstDecay * double{first[i]} + (1 - kFirstDecay) * g);
+      second[i] = static_cast<float>(kSecondDecay * double{second[i]} + (1 - kSecondDecay) * g * g);
+      const double length = std::sqrt(double{second[i]} / second_bias) + 1e-12;
+      values[i] *= static_cast<float>(1.0 - rate * (double{first[i]} / first_bias) / length);
+      gradient[i] = 0;
+    }
+  }
+  void store() {
+    for (size_t i = 0; i < values.size(); ++i) matrix.scales[i] = f32_to_f16(values[i]);
+  }
+
+  OwnedMatrix& matrix;
+  std::vector<float> values, gradient, first, second;
+};
+
+// A stored matrix as an operand: trained scales, or fixed values where it is not packed.
+struct Weight {
+  Scales* scales = nullptr;
+  FloatMatrix fixed;
+  Var on(Tape& tape) const {
+    if (scales) return scales->on(tape);
+    return tape.constant({1, fixed.rows, fixed.cols}, fixed.data.data());
+  }
+};
+
+struct StudentLinear {
+  const OwnedLinear* linear = nullptr;
+  Weight weight, branch_a, branch_b;
+};
+
+class Student {
+ public:
+  Student(std::vector<OwnedLayer>& layers, const RefineInputs& inputs,
+          const QuantizeOptions& options)
+      : layers_(layers), inputs_(inputs), config_(inputs.source.config), options_(options),
+        basis_(inputs.basis), output_basis_(inputs.output_basis) {
+    rope_.inv_freq = rope_inv_freq(config_.rope, config_.head_dim);
+    rope_.attention_factor = static_cast<float>(config_.rope.attention_factor);
+    head_ = to_float_matrix(inputs.source.lm_head.weight);
+    for (OwnedLayer& layer : layers) {
+      linears_.emplace_back();
+      for (size_t i = 0; i < kNLinears; ++i) {
+        OwnedLinear& linear = layer.linears[i];
+        StudentLinear& student = linears_.back()[i];
+        student.linear = &linear;
+        student.weight = make_weight(linear.weight);
+        if (linear.branch_a) student.branch_a = make_weight(*linear.branch_a);
+        if (linear.branch_b) student.branch_b = make_weight(*linear.branch_b);
+        if (linear.input.active()) down_ = FastTransform(linear.input);
+      }
+    }
+  }
+
+  // Adds the gradient of KL / kSequences over one sequence to the scales; returns the KL.
+  double learn_from(size_t sample) {
+    const std::vector<int32_t>& tokens = inputs_.calibration.samples[sample];
+    const int64_t rows = static_cast<int64_t>(tokens.size());
+    const std::vector<float> embedded = embed(tokens);
+    const float* reference =
+        inputs_.reference.data() + static_cast<int64_t>(sample) * rows * config_.dim;
+    Tape tape(kernels_for(best_isa()), options_.threads);
+    Var x = tape.constant({1, rows, config_.dim}, embedded.data());
+    for (size_t index = 0; index < layers_.size(); ++index) {
+      x = checkpoint(
+          tape, [this, index](Tape& inner, const std::vector<Var>& in) {
+            return layer(inner, index, in[0]);
+          },
+          {x});
+    }
+    const Var head = tape.constant({1, head_.rows, head_.cols}, head_.data.data());
+    const Var target = final_hidden(tape.constant({1, rows, config_.dim}, reference));
+    const Var loss = head_kl(target, head, final_hidden(x), head);
+    const double value = loss.item();
+    tape.backward(scale(loss, 1.0f / kSequences));
+    return value;
+  }
+
+  void step(double rate, int64_t t) {
+    for (Scales& scales : scales_) scales.step(rate, t);
+  }
+  void store() {
+    for (Scales& scales : scales_) scales.store();
+  }
+
+ private:
+  Weight make_weight(OwnedMatrix& matrix) {
+    Weight weight;
+    if (matrix.view().packed()) {
+      weight.scales = &scales_.emplace_back(matrix);
+    } else {
+      weight.fixed = to_float_matrix(matrix.view());
+    }
+    return weight;
+  }
+
+  std::vector<float> embed(const std::vector<int32_t>& tokens) const {
+    const int64_t dim = config_.dim;
+    std::vector<float> out(tokens.size() * static_cast<size_t>(dim));
+#pragma omp parallel for num_threads(options_.threads) schedule(static)
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      float* row = out.data() + i * static_cast<size_t>(dim);
+      matrix_row_f32(inputs_.source.tok_embed, tokens[i], row);
+      basis_.apply_row(kernels_for(best_isa()), row, false);
+    }
+    return out;
+  }
+
+  // The layer of model/forward.cpp, as the runtime computes it for these codes.
+  Var layer(Tape& tape, size_t index, const Var& x) {
+    const OwnedLayer& norms = layers_[index];
+    const auto& linears = linears_[index];
+    Var in = gained(rms_norm(x, config_.norm_eps), norms.attn_norm);
+    Var rounded = round_input(in, linears[kWq].linear->act);
+    Var q = run(tape, linears[kWq], in, rounded), k = run(tape, linears[kWk], in, rounded);
+    const Var v = run(tape, linears[kWv], in, rounded);
+    if (config_.has_qk_norm()) {
+      q = head_norm(q, norms.q_norm);
+      k = head_norm(k, norms.k_norm);
+    }
+    q = rope(q, rope_, config_.n_heads, 1);
+    k = rope(k, rope_, config_.n_kv_heads, 1);
+    Var mixed = causal_attention(q, k, v, {config_.n_heads, config_.n_kv_heads, 1});
+    rounded = round_input(mixed, linears[kWo].linear->act);
+    Var stream = add(skipped(tape, x, norms.attn_skip), run(tape, linears[kWo], mixed, rounded));
+
+    in = gained(rms_norm(stream, config_.norm_eps), norms.ffn_norm);
+    rounded = round_input(in, linears[kWGate].linear->act);
+    Var hidden = silu_mul(run(tape, linears[kWGate], in, rounded),
+                          run(tape, linears[kWUp], in, rounded));
+    if (linears[kWDown].linear->input.active()) hidden = hadamard(hidden, down_);
+    rounded = round_input(hidden, linears[kWDown].linear->act);
+    return add(skipped(tape, stream, norms.ffn_skip),
+               run(tape, linears[kWDown], hidden, rounded));
+  }
+
+  Var run(Tape& tape, const StudentLinear& student, const Var& x, const Var& rounded) {
+    const OwnedLinear& linear = *student.linear;
+    const Var y = matmul_nt(rounded, student.weight.on(tape));
+    if (!linear.branch_a) return y;
+    // A dense branch reads the input unrounded (docs/format.md).
+    const bool packed = linear.branch_a->view().packed();
+    Var h = matmul_nt(packed ? rounded : x, student.branch_a.on(tape));
+    if (packed) {
+      ActQuant act = linear.act;
+      act.group = linear.branch_b->group;
+      act.clip = 1.0f;
+      h = round_input(h, act);
+    }
+    return add(y, matmul_nt(h, student.branch_b.on(tape)));
+  }
+
+  static Var round_input(const Var& x, const ActQuant& act) {
+    if (act.bits >= 16) return x;
+    return round_groups(x, {act.bits, act.group, act.full_range, act.clip});
+  }
+
+  static Var gained(const Var& x, const std::vector<float>& gain) {
+    const int64_t n = static_cast<int64_t>(gain.size());
+    return mul_row(x, x.tape().constant({1, 1, n}, gain.data()));
+  }
+
+  Var head_norm(const Var& x, const std::vector<float>& gain) const {
+    const Shape heads{1, x.shape().size() / config_.head_dim, config_.head_dim};
+    return reshape(gained(rms_norm(reshape(x, heads), config_.norm_eps), gain), x.shape());
+  }
+
+  static Var skipped(Tape& tape, const Var& x, const std::optional<OwnedLowRankStep>& step) {
+    if (!step) return x;
+    const auto constant = [&](const FloatMatrix& m) {
+      return tape.constant({1, m.rows, m.cols}, m.data.data());
+    };
+    return add(x, matmul_nt(matmul_nt(x, constant(step->a)), constant(step->b)));
+  }
+
+  Var final_hidden(const Var& x) const {
+    return gained(rms_norm(hadamard(x, output_basis_, true), config_.norm_eps),
+                  inputs_.source.final_norm);
+  }
+
+  std::vector<OwnedLayer>& layers_;
+  const RefineInputs& inputs_;
+  const Config& config_;
+  const QuantizeOptions& options_;
+  FastTransform basis_, output_basis_, down_;
+  RopeTable rope_;
+  FloatMatrix head_;
+  std::deque<Scales> scales_;  // stable addresses
+  std::vector<std::array<StudentLinear, kNLinears>> linears_;
+};
+
+std::vector<size_t> shuffled(size_t count, uint64_t seed) {
+  std::vector<size_t> order(count);
+  for (size_t i = 0; i < count; ++i) order[i] = i;
+  SplitMix64 rng(seed, kOrder);
+  for (size_t i = count - 1; i > 0; --i) std::swap(order[i], order[rng.next() % (i + 1)]);
+  return order;
+}
+
+}  // namespace
+
+std::vector<double> refine_scales(std::vector<OwnedLayer>& layers, const RefineInputs& inputs,
+                                  const QuantizeOptions& options, const RefineHooks& hooks) {
+  Student student(layers, inputs, options);
+  const std::vector<size_t> order = shuffled(inputs.calibration.samples.size(), options.seed);
+  std::vector<double> losses;
+  size_t next = 0;
+  for (int64_t step = 0; step < options.refine_steps; ++step) {
+    double kl = 0;
+    for (int64_t i = 0; i < kSequences; ++i) {
+      hooks.stop();
+      kl += student.learn_from(order[next++ % order.size()]) / kSequences;
+    }
+    const double done = static_cast<double>(step) / static_cast<double>(options.refine_steps);
+    const double warm = std::min(1.0, static_cast<double>(step + 1) /
+                                          (kWarmUp * static_cast<double>(options.refine_steps)));
+    student.step(kRate * warm * 0.5 * (1.0 + std::cos(std::numbers::pi * done)), step + 1);
+    losses.push_back(kl);
+    hooks.progress(step + 1, options.refine_steps, kl);
+  }
+  student.store();
+  return losses;
+}
+
+}  // namespace tq

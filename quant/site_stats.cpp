@@ -1,0 +1,113 @@
+// site_stats - rounded inputs, their moments, and the correction of weights. See site_stats.h.
+#include "quant/site_stats.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/kernels.h"
+
+namespace tq {
+namespace {
+
+// Clip factors tried. Below 0.85 nothing was ever chosen at 4 bits and groups of 32 to 128.
+constexpr float kClips[] = {1.0f, 0.975f, 0.95f, 0.925f, 0.9f, 0.875f, 0.85f};
+
+}  // namespace
+
+void round_tokens(const float* x, int64_t rows, int64_t cols, const ActQuant& act, float* out,
+                  int threads) {
+  if (act.bits >= 16) {
+    std::copy_n(x, rows * cols, out);
+    return;
+  }
+  const Kernels& kernels = kernels_for(best_isa());
+  const int64_t group = std::min(act.group, cols);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<int8_t> codes(static_cast<size_t>(group));
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t col = 0; col < cols; col += group) {
+        const int64_t count = std::min(group, cols - col), at = row * cols + col;
+        float scale = 0;
+        kernels.round({x + at, count, act.bits, act.clip, act.full_range, codes.data(), &scale});
+        for (int64_t i = 0; i < count; ++i) {
+          out[at + i] = scale * static_cast<float>(codes[static_cast<size_t>(i)]);
+        }
+      }
+    }
+  }
+}
+
+float search_clip(const float* x, int64_t rows, int64_t cols, const ActQuant& act, int threads) {
+  std::vector<float> rounded(static_cast<size_t>(rows * cols));
+  float best = 1.0f;
+  double best_error = INFINITY;
+  for (float clip : kClips) {
+    ActQuant tried = act;
+    tried.clip = clip;
+    round_tokens(x, rows, cols, tried, rounded.data(), threads);
+    double error = 0;
+    for (size_t i = 0; i < rounded.size(); ++i) {
+      const double d = double{x[i]} - double{rounded[i]};
+      error += d * d;
+    }
+    if (error < best_error) {
+      best_error = error;
+      best = clip;
+    }
+  }
+  return best;
+}
+
+SiteStats::SiteStats(int64_t n, const QuantizeOptions& options)
+    : corrects_(options.rounding == RoundingKind::kGptqCorrected && options.bits_a < 16),
+      fits_(options.rounds_branch()),
+      searches_clip_(options.full_range && options.bits_a < 8),
+      gram_(n) {
+  act_.bits = options.bits_a;
+  act_.group = options.group_a;
+  act_.full_range = options.full_range;
+  if (corrects_) drift_ = {n, n, std::vector<float>(static_cast<size_t>(n * n))};
+  if (fits_) rounded_ = {0, n, {}};
+}
+
+void SiteStats::add(const float* x, int64_t rows, int threads) {
+  const int64_t n = gram_.size();
+  if (searches_clip_ && gram_.n_rows() == 0) act_.clip = search_clip(x, rows, n, act_, threads);
+  if (!corrects_ && !fits_) {
+    gram_.add(x, rows, threads);
+    return;
+  }
+  rounded_rows_.resize(static_cast<size_t>(rows * n));
+  round_tokens(x, rows, n, act_, rounded_rows_.data(), threads);
+  gram_.add(rounded_rows_.data(), rows, threads);
+  if (corrects_) {
+    errors_.resize(rounded_rows_.size());
+    for (size_t i = 0; i < errors_.size(); ++i) errors_[i] = x[i] - rounded_rows_[i];
+    add_product_tn(errors_.data(), rounded_rows_.data(), rows, drift_, threads);
+  }
+  if (fits_) {
+    rounded_.data.insert(rounded_.data.end(), rounded_rows_.begin(), rounded_rows_.end());
+    rounded_.rows += rows;
+  }
+}
+
+LayerStats::LayerStats(const Config& config, const QuantizeOptions& options) {
+  const int64_t sizes[4] = {config.dim, config.q_dim(), config.dim, config.hidden_dim};
+  for (int i = 0; i < 4; ++i) sites[i] = std::make_unique<SiteStats>(sizes[i], options);
+}
+
+FloatMatrix solve_right(const FloatMatrix& m, const GptqFactor& factor, int threads) {
+  const FloatMatrix u{factor.n, factor.n, factor.u};
+  return product_nn(product_nt(m, u, threads), u, threads);
+}
+
+FloatMatrix correct_weights(const FloatMatrix& w, const SiteStats& stats, const GptqFactor& factor,
+                            int threads) {
+  FloatMatrix corrected = solve_right(product_nn(w, stats.drift(), threads), factor, threads);
+  add(corrected, w);
+  return corrected;
+}
+
+}  // namespace tq
