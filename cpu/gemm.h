@@ -19,8 +19,8 @@ constexpr int64_t kGemmDepth = 256;
 /// Columns of c that the fast kernel works on with one packed b: 512 * 256 floats = 512 KB, half of
 /// a second-level cache.
 constexpr int64_t kGemmCols = 512;
-/// Floats of scratch of one job: packed b, and a panel of up to 16 rows of a.
-constexpr int64_t kGemmScratch = kGemmDepth * (kGemmCols + 16);
+/// Floats of scratch of one job: packed b, and a panel of 8 rows of a.
+constexpr int64_t kGemmScratch = kGemmDepth * (kGemmCols + 8);
 
 /// One rectangle of c for one thread. One stride of a and one of b are 1, or the kernel is slow.
 struct GemmJob {

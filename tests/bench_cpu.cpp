@@ -66,6 +66,20 @@ void DenseBF16(benchmark::State& state) {
   dense(state, Storage::kBF16);
 }
 
+// x w^T; arguments as above. CPU time counts, as on one thread.
+void Gemm(benchmark::State& state) {
+  if (skip(state)) return;
+  const int64_t tokens = state.range(1), rows = state.range(2), cols = state.range(3);
+  const std::vector<float> x = random_floats(tokens * cols, 1), w = random_floats(rows * cols, 2);
+  std::vector<float> y(static_cast<size_t>(tokens * rows));
+  const GemmJob job = {x.data(), cols,   1,    w.data(), 1,     cols,   y.data(),
+                       rows,     tokens, rows, cols,     false, nullptr};
+  const Kernels& kernels = kernels_for(static_cast<CpuIsa>(state.range(0)));
+  for (auto _ : state) run_gemms(kernels, 1, {&job, 1});
+  state.counters["FLOP/s"] = benchmark::Counter(2.0 * static_cast<double>(tokens * rows * cols),
+                                                benchmark::Counter::kIsIterationInvariantRate);
+}
+
 void Attention(benchmark::State& state) {
   if (skip(state)) return;
   CpuBackend backend(0, static_cast<CpuIsa>(state.range(0)));
@@ -149,6 +163,7 @@ BENCHMARK(PackedW8A8)->Apply(linear_shapes)->UseRealTime();
 BENCHMARK(PackedW4A16)->Apply(linear_shapes)->UseRealTime();
 BENCHMARK(DenseF32)->Apply(linear_shapes)->UseRealTime();
 BENCHMARK(DenseBF16)->Apply(head_shapes)->UseRealTime();
+BENCHMARK(Gemm)->Args({1, 512, 1536, 576})->Args({2, 512, 1536, 576})->Args({2, 512, 4096, 4096});
 BENCHMARK(Attention)->Apply(attention_shapes)->UseRealTime();
 BENCHMARK(SiluMul)->Args({1, 512 * 1536})->Args({2, 512 * 1536})->UseRealTime();
 BENCHMARK(Transform)
