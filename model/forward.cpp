@@ -29,6 +29,26 @@ void run_linears(Backend& backend, std::initializer_list<const PreparedLinear*> 
   backend.linears({weights.begin(), weights.size()}, x, rows, {out.begin(), out.size()});
 }
 
+PreparedSkip prepare_skip(Backend& backend, const std::optional<LowRankStep>& skip) {
+  PreparedSkip prepared;
+  if (!skip) return prepared;
+  Linear linear;  // nothing is rounded
+  linear.weight = skip->a;
+  prepared.a = backend.prepare(linear);
+  linear.weight = skip->b;
+  prepared.b = backend.prepare(linear);
+  return prepared;
+}
+
+// x <- x + (x A^T) B^T. x_norm is free: the linears that read it have run.
+void run_skip(Backend& backend, const PreparedSkip& skip, int64_t rows, int64_t dim,
+              Activations& acts) {
+  if (!skip.a) return;
+  run_linears(backend, {skip.a.get()}, *acts.x, rows, {acts.skip.get()});
+  run_linears(backend, {skip.b.get()}, *acts.skip, rows, {acts.x_norm.get()});
+  backend.add(*acts.x, *acts.x_norm, rows * dim);
+}
+
 }  // namespace
 
 PreparedLayer prepare_layer(Backend& backend, const Layer& layer) {
@@ -44,6 +64,8 @@ PreparedLayer prepare_layer(Backend& backend, const Layer& layer) {
   prepared.w_gate = backend.prepare(layer.w_gate);
   prepared.w_up = backend.prepare(layer.w_up);
   prepared.w_down = backend.prepare(layer.w_down);
+  prepared.attn_skip = prepare_skip(backend, layer.attn_skip);
+  prepared.ffn_skip = prepare_skip(backend, layer.ffn_skip);
   return prepared;
 }
 
@@ -57,7 +79,8 @@ Activations::Activations(Backend& backend, const Config& config, int64_t rows)
       v(backend.alloc(rows * config.kv_dim())),
       gate(backend.alloc(rows * config.hidden_dim)),
       up(backend.alloc(rows * config.hidden_dim)),
-      proj(backend.alloc(rows * config.dim)) {}
+      proj(backend.alloc(rows * config.dim)),
+      skip(backend.alloc(rows * config.dim)) {}
 
 void forward_layer(Backend& backend, const Config& config, const PreparedLayer& layer,
                    const RopeTable& rope, KvCache& cache, int64_t layer_index, int64_t pos0,
@@ -80,6 +103,7 @@ void forward_layer(Backend& backend, const Config& config, const PreparedLayer& 
                     *acts.attn_out);
   if (tap) tap(Site::kAttnOut, *acts.attn_out, rows, config.q_dim());
   run_linears(backend, {layer.wo.get()}, *acts.attn_out, rows, {acts.proj.get()});
+  run_skip(backend, layer.attn_skip, rows, config.dim, acts);
   backend.add(*acts.x, *acts.proj, rows * config.dim);
 
   // FFN: x += w_down(silu(w_gate x) * w_up x)
@@ -90,6 +114,7 @@ void forward_layer(Backend& backend, const Config& config, const PreparedLayer& 
   backend.silu_mul(*acts.gate, *acts.up, rows * config.hidden_dim);
   if (tap) tap(Site::kFfnMid, *acts.gate, rows, config.hidden_dim);
   run_linears(backend, {layer.w_down.get()}, *acts.gate, rows, {acts.proj.get()});
+  run_skip(backend, layer.ffn_skip, rows, config.dim, acts);
   backend.add(*acts.x, *acts.proj, rows * config.dim);
 }
 

@@ -15,11 +15,17 @@
 
 namespace tq {
 
+/// A LowRankStep on a device; null without one.
+struct PreparedSkip {
+  std::unique_ptr<PreparedLinear> a, b;
+};
+
 /// One decoder layer on a device.
 struct PreparedLayer {
   BufferPtr attn_norm, ffn_norm;  // [dim]
   BufferPtr q_norm, k_norm;       // [head_dim] or null
   std::unique_ptr<PreparedLinear> wq, wk, wv, wo, w_gate, w_up, w_down;
+  PreparedSkip attn_skip, ffn_skip;
 };
 PreparedLayer prepare_layer(Backend& backend, const Layer& layer);
 
@@ -33,6 +39,7 @@ struct Activations {
   BufferPtr k, v;         // [max_rows, kv_dim]
   BufferPtr gate, up;     // [max_rows, hidden_dim]
   BufferPtr proj;         // [max_rows, dim] output of wo and w_down
+  BufferPtr skip;         // [max_rows, rank <= dim] inside a low-rank step
 };
 
 /// The four places where a layer's linears read: each feeds linears that share one input.

@@ -104,6 +104,13 @@ void TqWriter::add_residual_basis(const Transform& transform) {
   residual_basis_ = describe_transform("residual_basis", transform);
 }
 
+void TqWriter::add_skip(const std::string& name, const LowRankStep& skip) {
+  add_matrix(name + ".a", skip.a);
+  add_matrix(name + ".b", skip.b);
+  skips_[name] = {{"a", describe_matrix(name + ".a", skip.a)},
+                  {"b", describe_matrix(name + ".b", skip.b)}};
+}
+
 void TqWriter::finish(const ModelTexts& texts, const Json& quantization) {
   for (const NamedText& text : kModelTexts) {
     const std::string& value = texts.*text.member;
@@ -114,6 +121,7 @@ void TqWriter::finish(const ModelTexts& texts, const Json& quantization) {
   Json header = {{"tq_format", kTqFormatVersion}, {"quantization", quantization}};
   if (!residual_basis_.is_null()) header["residual_basis"] = residual_basis_;
   header["linears"] = std::move(linears_);
+  if (!skips_.is_null()) header["skips"] = std::move(skips_);
   header["tensors"] = std::move(tensors_);
   pad_to_alignment();
   const std::string text = header.dump();

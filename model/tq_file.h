@@ -39,6 +39,8 @@ class TqWriter {
   void add_linear(const std::string& name, const Linear& linear, bool tied = false);
   /// The basis of the residual stream (Model::residual_basis); leave out when inactive.
   void add_residual_basis(const Transform& transform);
+  /// A step of the residual stream, "layers.N.attn_skip" or "layers.N.ffn_skip".
+  void add_skip(const std::string& name, const LowRankStep& skip);
   /// Writes header and prologue, fsyncs, renames. `quantization` is stored for inspection.
   void finish(const ModelTexts& texts, const Json& quantization);
   uint64_t bytes_written() const { return file_.size(); }
@@ -49,6 +51,7 @@ class TqWriter {
   AtomicFile file_;
   Json tensors_ = Json::array();
   Json linears_ = Json::object();
+  Json skips_;
   Json residual_basis_;
 };
 

@@ -122,6 +122,7 @@ class Reader {
     model.config = parse_config(model.texts.config, path_ + ": config.json");
     model.quantization = require(header_, "quantization", path_);
     const Config& c = model.config;
+    check_header(c);
 
     const Json& head = linear_json("lm_head");
     const Json& head_weight = require(head, "weight", path_);
@@ -164,7 +165,34 @@ class Reader {
     same_input(prefix + "wk", layer.wq, layer.wk);
     same_input(prefix + "wv", layer.wq, layer.wv);
     same_input(prefix + "w_up", layer.w_gate, layer.w_up);
+    for (const NamedSkip& named : kLayerSkips) {
+      layer.*named.member = skip(prefix + named.name, c.dim);
+    }
     return layer;
+  }
+
+  // Names that nothing below would ask for; those inside are checked where they are read.
+  void check_header(const Config& c) {
+    only_keys(header_, "the header",
+              {"tq_format", "quantization", "residual_basis", "linears", "skips", "tensors"});
+    if (!header_.contains("skips")) return;
+    std::set<std::string> names;
+    for (int64_t i = 0; i < c.n_layers; ++i) {
+      for (const NamedSkip& named : kLayerSkips) {
+        names.insert("layers." + std::to_string(i) + "." + named.name);
+      }
+    }
+    only_keys(header_["skips"], "skips", names);
+  }
+
+  std::optional<LowRankStep> skip(const std::string& name, int64_t dim) {
+    if (!header_.contains("skips") || !header_["skips"].contains(name)) return std::nullopt;
+    const Json& json = header_["skips"][name];
+    only_keys(json, name, {"a", "b"});
+    const Json& a = require(json, "a", path_);
+    const int64_t rank = require_int(a, "rows", 1, dim, path_);
+    return LowRankStep{matrix(a, name + ".a", rank, dim),
+                       matrix(require(json, "b", path_), name + ".b", dim, rank)};
   }
 
   void same_input(const std::string& name, const Linear& a, const Linear& b) {

@@ -13,6 +13,22 @@ const NamedLinear kLayerLinears[7] = {{"wq", &Layer::wq},         {"wk", &Layer:
                                       {"w_gate", &Layer::w_gate}, {"w_up", &Layer::w_up},
                                       {"w_down", &Layer::w_down}};
 
+const NamedSkip kLayerSkips[2] = {{"attn_skip", &Layer::attn_skip}, {"ffn_skip", &Layer::ffn_skip}};
+
+size_t transform_bytes(const Transform& transform) {
+  if (transform.kind == Transform::Kind::kDense) return transform.matrix.n_bytes();
+  return transform.signs ? static_cast<size_t>(transform.size) : 0;
+}
+
+size_t skip_bytes(const Layer& layer) {
+  size_t bytes = 0;
+  for (const NamedSkip& named : kLayerSkips) {
+    const auto& skip = layer.*named.member;
+    if (skip) bytes += skip->a.n_bytes() + skip->b.n_bytes();
+  }
+  return bytes;
+}
+
 int64_t Matrix::row_bytes() const {
   switch (storage) {
     case Storage::kF32:

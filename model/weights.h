@@ -40,6 +40,7 @@ struct Matrix {
   int64_t row_bytes() const;  // kQ4: ceil(cols / 2)
   size_t data_bytes() const { return static_cast<size_t>(rows * row_bytes()); }
   size_t scale_bytes() const { return static_cast<size_t>(rows * n_groups() * 2); }
+  size_t n_bytes() const { return data_bytes() + scale_bytes(); }
 };
 
 /// Code of one element of a packed matrix (kQ4: -8..7, kQ8: -127..127).
@@ -93,11 +94,20 @@ struct Linear {
   int64_t rank() const { return branch_a ? branch_a->rows : 0; }
 };
 
+/// A step of the residual stream: x <- x + (x A^T) B^T, nothing rounded. Where each block has a
+/// residual basis of its own, it leads from one basis to the next (ReSpinQuant).
+struct LowRankStep {
+  Matrix a;  // A [rank, dim], any storage
+  Matrix b;  // B [dim, rank]
+};
+
 /// One decoder layer. Norm gains are f32; q_norm and k_norm are empty for Llama.
 struct Layer {
   std::vector<float> attn_norm, ffn_norm;  // [dim]
   std::vector<float> q_norm, k_norm;       // [head_dim]
   Linear wq, wk, wv, wo, w_gate, w_up, w_down;
+  // Taken just before the output of the attention, of the FFN is added to the stream.
+  std::optional<LowRankStep> attn_skip, ffn_skip;
 };
 
 /// The seven linears of a layer with their names, in file order.
@@ -106,6 +116,16 @@ struct NamedLinear {
   Linear Layer::*member;
 };
 extern const NamedLinear kLayerLinears[7];
+struct NamedSkip {
+  const char* name;
+  std::optional<LowRankStep> Layer::*member;
+};
+extern const NamedSkip kLayerSkips[2];
+
+/// What changes of basis cost beside the linears, in bytes of the file: the signs or the matrix of
+/// a transform; the skips of a layer.
+size_t transform_bytes(const Transform& transform);
+size_t skip_bytes(const Layer& layer);
 
 /// Texts of the Hugging Face folder that travel with the weights, byte for byte; empty if absent.
 struct ModelTexts {

@@ -44,6 +44,8 @@ Layer OwnedLayer::view() const {
   for (int i = 0; i < kNLinears; ++i) {
     layer.*kLayerLinears[i].member = linears[static_cast<size_t>(i)].view();
   }
+  if (attn_skip) layer.attn_skip = attn_skip->view();
+  if (ffn_skip) layer.ffn_skip = ffn_skip->view();
   return layer;
 }
 

@@ -37,10 +37,18 @@ struct OwnedLinear {
   size_t n_bytes() const;
 };
 
+/// model/weights.h, LowRankStep.
+struct OwnedLowRankStep {
+  OwnedMatrix a, b;
+
+  LowRankStep view() const { return {a.view(), b.view()}; }
+};
+
 /// One quantized layer, ready to be written.
 struct OwnedLayer {
   std::vector<float> attn_norm, ffn_norm, q_norm, k_norm;
   std::array<OwnedLinear, kNLinears> linears;
+  std::optional<OwnedLowRankStep> attn_skip, ffn_skip;
 
   Layer view() const;
 };

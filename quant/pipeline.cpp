@@ -180,7 +180,8 @@ class Pipeline {
   }
 
   void write_layer(int64_t layer, const QuantizedLayer& quantized) {
-    write_norms(layer, quantized.layer.view());
+    const Layer view = quantized.layer.view();
+    write_norms(layer, view);
     for (int i = 0; i < kNLinears; ++i) {
       const OwnedLinear& linear = quantized.layer.linears[static_cast<size_t>(i)];
       writer_.add_linear(quantized.reports[static_cast<size_t>(i)].name, linear.view());
@@ -188,6 +189,11 @@ class Pipeline {
       n_weights_ += linear.weight.rows * linear.weight.cols;
       result_.linears.push_back(quantized.reports[static_cast<size_t>(i)]);
     }
+    for (const NamedSkip& named : kLayerSkips) {
+      const auto& skip = view.*named.member;
+      if (skip) writer_.add_skip("layers." + std::to_string(layer) + "." + named.name, *skip);
+    }
+    linear_bytes_ += skip_bytes(view);
   }
 
   void write_norms(int64_t layer, const Layer& norms) {

@@ -56,7 +56,7 @@ uint64_t estimate_memory(const QuantizeOptions& options, const Config& c, uint64
     stream =
         4 * static_cast<uint64_t>(n_tokens * c.dim) +
         4 * static_cast<uint64_t>(options.calib_length) *
-            static_cast<uint64_t>(3 * c.dim + 3 * c.q_dim() + 4 * c.kv_dim() + 4 * c.hidden_dim);
+            static_cast<uint64_t>(4 * c.dim + 3 * c.q_dim() + 4 * c.kv_dim() + 4 * c.hidden_dim);
   }
   const uint64_t calibrating = 2 * layer + moments + stream;  // f32 weights and the backend's copy
   const uint64_t rounding = layer + moments + factor + stream + layer_bytes + 8 * largest +

@@ -12,7 +12,7 @@
 namespace tq {
 namespace {
 
-constexpr char kMagic[8] = {'T', 'Q', 'L', 'A', 'Y', 'E', 'R', '1'};
+constexpr char kMagic[8] = {'T', 'Q', 'L', 'A', 'Y', 'E', 'R', '2'};
 constexpr size_t kMaxFingerprintBytes = 16u << 20;
 
 class LayerWriter {
@@ -86,8 +86,23 @@ Json write_linear(LayerWriter& writer, const OwnedLinear& linear) {
     json["branch_b"] = writer.matrix(*linear.branch_b);
   }
   json["transformed"] = linear.input.active();
-  json["act"] = {linear.act.bits, linear.act.group, linear.act.clip};
+  json["act"] = {linear.act.bits, linear.act.group, linear.act.clip, linear.act.full_range};
   return json;
+}
+
+// Null where there is none.
+Json write_skip(LayerWriter& writer, const std::optional<OwnedLowRankStep>& skip) {
+  if (!skip) return nullptr;
+  const Json a = writer.matrix(skip->a);
+  return {a, writer.matrix(skip->b)};
+}
+
+std::optional<OwnedLowRankStep> read_skip(LayerReader& reader, const Json& json) {
+  if (json.is_null()) return std::nullopt;
+  OwnedLowRankStep skip;
+  skip.a = reader.matrix(json.at(0));
+  skip.b = reader.matrix(json.at(1));
+  return skip;
 }
 
 OwnedLinear read_linear(LayerReader& reader, const Json& json, const Transform& down) {
@@ -101,6 +116,7 @@ OwnedLinear read_linear(LayerReader& reader, const Json& json, const Transform& 
   linear.act.bits = json.at("act").at(0).get<int>();
   linear.act.group = json.at("act").at(1).get<int64_t>();
   linear.act.clip = json.at("act").at(2).get<float>();
+  linear.act.full_range = json.at("act").at(3).get<bool>();
   return linear;
 }
 
@@ -115,6 +131,8 @@ QuantizedLayer read_layer(const Json& json, LayerReader& reader, const Transform
     result.layer.linears[index] = read_linear(reader, json.at("linears").at(index), down);
     result.reports.push_back(report_from_json(json.at("reports").at(index)));
   }
+  result.layer.attn_skip = read_skip(reader, json.at("attn_skip"));
+  result.layer.ffn_skip = read_skip(reader, json.at("ffn_skip"));
   return result;
 }
 
@@ -168,6 +186,8 @@ void ResumeStore::save(int64_t layer, const QuantizedLayer& result) const {
   for (const OwnedLinear& linear : result.layer.linears) {
     json["linears"].push_back(write_linear(writer, linear));
   }
+  json["attn_skip"] = write_skip(writer, result.layer.attn_skip);
+  json["ffn_skip"] = write_skip(writer, result.layer.ffn_skip);
   for (const LinearReport& report : result.reports) json["reports"].push_back(to_json(report));
   const std::string description = json.dump();
   const uint64_t length = description.size();

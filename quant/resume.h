@@ -1,7 +1,7 @@
 // resume - results of finished layers, kept beside the output until it is complete.
 //
 // OUT.resume/ holds fingerprint.json (what the results depend on) and layer-00000.bin ... Each
-// appears atomically, so a killed run leaves only whole files. A layer file is: "TQLAYER1", length
+// appears atomically, so a killed run leaves only whole files. A layer file is: "TQLAYER2", length
 // of a JSON description (u64), the description, the arrays it names in order, XXH3-64 of all that.
 #pragma once
 

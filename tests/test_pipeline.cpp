@@ -284,6 +284,26 @@ TEST(Resume, ADamagedLayerIsReported) {
   error_of(ErrorKind::kBadData, [&] { ResumeStore(folder / "m.tq").load(0, {}); });
 }
 
+TEST(Resume, SkipsAndRoundingOfInputsSurvive) {
+  TempDir folder;
+  const ResumeStore store(folder / "m.tq");
+  ResumeStore(folder / "m.tq").create({{"seed", 1}});
+  QuantizedLayer layer;
+  layer.reports.resize(kNLinears);
+  const std::vector<float> values = {1, -2, 3, 4, 5, 6};
+  layer.layer.linears[kWo].act = {3, 32, 0.5f, true};
+  layer.layer.ffn_skip = {store_dense(values, 2, 3, Storage::kF32),
+                          store_dense(values, 3, 2, Storage::kF16)};
+  store.save(0, layer);
+  const QuantizedLayer loaded = *store.load(0, {});
+  EXPECT_TRUE(loaded.layer.linears[kWo].act == layer.layer.linears[kWo].act);
+  EXPECT_FALSE(loaded.layer.attn_skip.has_value());
+  ASSERT_TRUE(loaded.layer.ffn_skip.has_value());
+  EXPECT_EQ(to_float_matrix(loaded.layer.ffn_skip->a.view()).data, values);
+  EXPECT_EQ(to_float_matrix(loaded.layer.ffn_skip->b.view()).data, values);
+  EXPECT_EQ(loaded.layer.ffn_skip->b.rows, 3);
+}
+
 TEST(Resume, StartingAgainForgetsOldLayers) {
   TempDir folder;
   const ResumeStore store(folder / "m.tq");

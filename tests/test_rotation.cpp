@@ -11,6 +11,7 @@
 #include "quant/quantize_layer.h"
 #include "quant/rng.h"
 #include "quant/rotation.h"
+#include "tests/orthogonal.h"
 #include "tests/temp_dir.h"
 #include "tests/tiny_model.h"
 
@@ -175,6 +176,108 @@ TEST(RotatedModel, KeepsItsLogitsForEveryArchitecture) {
     EXPECT_LT(rotation_error(model, rotated_unrounded(5)), kMaxRotationError) << entry.path();
   }
   EXPECT_GE(n_models, 4);
+}
+
+// A model whose residual basis is dense, and whose every layer works in two bases: T for what
+// attention reads and the FFN writes, T H for the rest, H = I - 2 U^T U a product of reflections.
+// The skips lead to T H and back: I + A^T B^T = H.
+struct SkippingModel {
+  SkippingModel(const Model& source, Storage storage) : model(source) {
+    const int64_t dim = source.config.dim, rank = 5;
+    const std::vector<double> orthogonal = random_orthogonal(dim, 1);
+    const std::vector<float> basis(orthogonal.begin(), orthogonal.end());
+    t = store_dense(basis, dim, dim, storage);
+    model.residual_basis = dense(t);
+    for (int64_t i = 0; i < source.config.n_layers; ++i) {
+      const std::vector<double> rows = random_orthogonal(dim, 10 + static_cast<uint64_t>(i));
+      FloatMatrix u{rank, dim, {rows.begin(), rows.begin() + rank * dim}};
+      FloatMatrix minus_two_u{dim, rank, std::vector<float>(u.data.size())};
+      FloatMatrix th = to_float_matrix(t.view());  // T (I - 2 U^T U)
+      for (int64_t r = 0; r < rank; ++r) {
+        for (int64_t k = 0; k < dim; ++k) minus_two_u.row(k)[r] = -2 * u.row(r)[k];
+        for (int64_t row = 0; row < dim; ++row) {
+          double dot = 0;
+          for (int64_t k = 0; k < dim; ++k) dot += double{th.row(row)[k]} * u.row(r)[k];
+          for (int64_t k = 0; k < dim; ++k) {
+            th.row(row)[k] = static_cast<float>(th.row(row)[k] - 2 * dot * u.row(r)[k]);
+          }
+        }
+      }
+      const OwnedMatrix other = store_dense(th.data, dim, dim, Storage::kF32);
+      FloatLayer& layer = layers.emplace_back(load_float_layer(source, i, 1));
+      fold_norm_gains(layer, 1);
+      for (LinearIndex j : {kWq, kWk, kWv}) transform_rows(layer.linears[j], dense(t), 1, 2);
+      transform_columns(layer.linears[kWo], dense(other), 1, 2);
+      for (LinearIndex j : {kWGate, kWUp}) transform_rows(layer.linears[j], dense(other), 1, 2);
+      transform_columns(layer.linears[kWDown], dense(t), 1, 2);
+      skips.push_back({store_dense(u.data, rank, dim, Storage::kF32),
+                       store_dense(minus_two_u.data, dim, rank, Storage::kF32)});
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+      model.layers[i] = layers[i].view();
+      model.layers[i].attn_skip = model.layers[i].ffn_skip = skips[i].view();
+    }
+  }
+  static Transform dense(const OwnedMatrix& m) {
+    Transform transform;
+    transform.kind = Transform::Kind::kDense;
+    transform.size = m.rows;
+    transform.matrix = m.view();
+    return transform;
+  }
+  void write(const std::string& path) const {
+    TqWriter writer(path);
+    writer.add_residual_basis(model.residual_basis);
+    writer.add_table(model.tok_embed);
+    writer.add_linear("lm_head", model.lm_head, model.config.tied);
+    writer.add_f32("final_norm", model.final_norm);
+    for (size_t i = 0; i < model.layers.size(); ++i) {
+      const std::string prefix = "layers." + std::to_string(i) + ".";
+      writer.add_f32(prefix + "attn_norm", model.layers[i].attn_norm);
+      writer.add_f32(prefix + "ffn_norm", model.layers[i].ffn_norm);
+      for (const NamedLinear& named : kLayerLinears) {
+        writer.add_linear(prefix + named.name, model.layers[i].*named.member);
+      }
+      for (const NamedSkip& named : kLayerSkips) {
+        writer.add_skip(prefix + named.name, *(model.layers[i].*named.member));
+      }
+    }
+    writer.finish(model.texts, {{"method", "test"}});
+  }
+
+  OwnedMatrix t;
+  std::vector<FloatLayer> layers;
+  std::vector<OwnedLowRankStep> skips;
+  Model model;
+};
+
+TEST(RotatedModel, KeepsItsLogitsInADenseBasisWithSkips) {
+  for (bool tied : {false, true}) {
+    const TinyModel tiny(tied);
+    const auto ids = random_ids(24, 96, 17);
+    const std::vector<float> expected = all_logits(tiny.model(), ids);
+    const SkippingModel rotated(tiny.model(), Storage::kF32);
+    EXPECT_LT(relative_error(all_logits(rotated.model, ids), expected), kMaxRotationError);
+    TempDir folder;
+    rotated.write(folder / "m.tq");
+    EXPECT_EQ(all_logits(load_tq_file(folder / "m.tq"), ids), all_logits(rotated.model, ids));
+    // In f16 the basis is orthogonal to 2^-10: logits of size 1 move by some 1e-3 on the way into
+    // and out of each layer. Its transpose, for example, would move them by 1.
+    const SkippingModel half(tiny.model(), Storage::kF16);
+    EXPECT_LT(relative_error(all_logits(half.model, ids), expected), 3e-2);
+  }
+}
+
+TEST(RotatedModel, ASkipIsNeeded) {
+  const TinyModel tiny(true);
+  const auto ids = random_ids(24, 96, 17);
+  const SkippingModel rotated(tiny.model(), Storage::kF32);
+  const std::vector<float> expected = all_logits(tiny.model(), ids);
+  for (const NamedSkip& named : kLayerSkips) {
+    Model broken = rotated.model;
+    (broken.layers[1].*named.member).reset();
+    EXPECT_GT(relative_error(all_logits(broken, ids), expected), 1e-2) << named.name;
+  }
 }
 
 TEST(RotatedModel, ADifferentSeedGivesOtherWeightsAndTheSameLogits) {

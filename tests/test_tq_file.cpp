@@ -11,6 +11,7 @@
 #include "model/error.h"
 #include "model/tq_file.h"
 #include "model/tq_layout.h"
+#include "tests/orthogonal.h"
 #include "tests/temp_dir.h"
 
 namespace tq {
@@ -80,6 +81,7 @@ struct TestModel {
     layer.w_up = linear(96, 64);
     layer.w_down = linear(64, 96);
     layer.w_down.input = {Transform::Kind::kHadamard, 96, 96, nullptr};
+    layer.ffn_skip = {bytes.matrix(Storage::kF16, 3, 64, 0), bytes.matrix(Storage::kQ8, 64, 3, 32)};
   }
   void write(const std::string& path) const {
     TqWriter writer(path);
@@ -91,6 +93,10 @@ struct TestModel {
     writer.add_f32("layers.0.ffn_norm", model.layers[0].ffn_norm);
     for (const NamedLinear& named : kLayerLinears) {
       writer.add_linear(std::string("layers.0.") + named.name, model.layers[0].*named.member);
+    }
+    for (const NamedSkip& named : kLayerSkips) {
+      const auto& skip = model.layers[0].*named.member;
+      if (skip) writer.add_skip(std::string("layers.0.") + named.name, *skip);
     }
     writer.finish(model.texts, model.quantization);
   }
@@ -170,6 +176,11 @@ TEST_F(TqFile, RoundTripKeepsEveryValue) {
     EXPECT_TRUE(a.act == b.act) << named.name;
   }
   EXPECT_TRUE(same_matrix(*model.layers[0].wo.branch_b, *expected.layers[0].wo.branch_b));
+  EXPECT_FALSE(model.layers[0].attn_skip.has_value());
+  EXPECT_TRUE(same_matrix(model.layers[0].ffn_skip->a, expected.layers[0].ffn_skip->a));
+  EXPECT_TRUE(same_matrix(model.layers[0].ffn_skip->b, expected.layers[0].ffn_skip->b));
+  EXPECT_EQ(transform_bytes(model.residual_basis), 64u);
+  EXPECT_EQ(skip_bytes(model.layers[0]), 2u * 3 * 64 + 64 * 3 + 2 * 64);
 }
 
 TEST_F(TqFile, TensorsAreAlignedForVectorLoads) {
@@ -242,6 +253,7 @@ TEST_F(TqFile, DenseResidualBasisTravels) {
   test_model.model.residual_basis = dense_basis(m);
   test_model.write(path);
   EXPECT_EQ(failure(path, true), "");
+  EXPECT_EQ(transform_bytes(load_tq_file(path).residual_basis), 64u * 64 * 4);
   const Model model = load_tq_file(path);
   EXPECT_EQ(model.residual_basis.kind, Transform::Kind::kDense);
   EXPECT_EQ(model.residual_basis.size, 64);
@@ -281,22 +293,7 @@ TEST_F(TqFile, ABasisThatIsNotOrthogonalIsRefused) {
 TEST(Orthogonality, IsMeasuredInUnitsOfTheRoundingOfTheStorage) {
   // A dense rotation in f64 rounded to each storage: below 2 u + u^2, and not zero.
   constexpr int64_t n = 64;
-  std::mt19937 random(3);
-  std::normal_distribution<double> normal;
-  std::vector<double> m(n * n);
-  for (double& x : m) x = normal(random);
-  for (int64_t i = 0; i < n; ++i) {  // Gram and Schmidt, twice
-    for (int64_t pass = 0; pass < 2; ++pass) {
-      for (int64_t j = 0; j < i; ++j) {
-        double dot = 0;
-        for (int64_t k = 0; k < n; ++k) dot += m[i * n + k] * m[j * n + k];
-        for (int64_t k = 0; k < n; ++k) m[i * n + k] -= dot * m[j * n + k];
-      }
-    }
-    double square = 0;
-    for (int64_t k = 0; k < n; ++k) square += m[i * n + k] * m[i * n + k];
-    for (int64_t k = 0; k < n; ++k) m[i * n + k] /= std::sqrt(square);
-  }
+  const std::vector<double> m = random_orthogonal(n, 3);
   const struct {
     Storage storage;
     double u;
@@ -320,6 +317,8 @@ TEST(Orthogonality, IsMeasuredInUnitsOfTheRoundingOfTheStorage) {
 
 TEST_F(TqFile, VersionOneIsStillRead) {
   // As the tq before version 2 wrote it: the same file without the fields that came later.
+  test_model.model.layers[0].ffn_skip.reset();
+  test_model.write(path);
   edit_header(path, R"(,"full_range":true)", "");
   edit_header(path, R"("bits":3)", R"("bits":4)");
   edit_header(path, R"("tq_format":2)", R"("tq_format":1)");
@@ -371,6 +370,12 @@ INSTANTIATE_TEST_SUITE_P(
         Lie{R"("block":96)", R"("block":7)", "Hadamard block 7"},
         Lie{R"("kind":"hadamard")", R"("kind":"magic")", "unknown transform magic"},
         Lie{R"("branch_b":)", R"("branch_c":)", "unknown field"},
+        Lie{R"("linears":)", R"("future":1,"linears":)", "unknown field"},
+        Lie{R"("layers.0.ffn_skip":)", R"("layers.1.ffn_skip":)", "unknown field"},
+        Lie{R"("skips":{)", R"("skips":[],"skipped":{)", "unknown field"},
+        Lie{R"("rows":3,"cols":64)", R"("rows":65,"cols":64)", "rows"},
+        Lie{R"("rows":3,"cols":64)", R"("rows":2,"cols":64)", "layers.0.ffn_skip"},
+        Lie{R"("rows":3,"cols":64)", R"("rows":0,"cols":64)", "rows"},
         Lie{R"("offset":64)", R"("offset":9223372036854775807)", "do not follow"},
         Lie{R"("offset":64)", R"("offset":-64)", "offset"},
         Lie{R"("shape":[8,64])", R"("shape":[8,4294967296])", "do not fit its shape"},

@@ -26,13 +26,9 @@ const char* matrix_storage_name(const Matrix& matrix) {
   return "?";
 }
 
-uint64_t matrix_bytes(const Matrix& matrix) {
-  return matrix.data_bytes() + matrix.scale_bytes();
-}
-
 uint64_t linear_bytes(const Linear& linear) {
-  uint64_t bytes = matrix_bytes(linear.weight);
-  if (linear.branch_a) bytes += matrix_bytes(*linear.branch_a) + matrix_bytes(*linear.branch_b);
+  uint64_t bytes = linear.weight.n_bytes();
+  if (linear.branch_a) bytes += linear.branch_a->n_bytes() + linear.branch_b->n_bytes();
   return bytes;
 }
 
@@ -52,10 +48,22 @@ Json linear_json(const std::string& name, const Linear& linear, const Json& meas
   Json json = matrix_json(name, linear.weight, linear_bytes(linear));
   json["rank"] = linear.rank();
   json["act_bits"] = linear.act.bits;
-  if (linear.act.bits < 16) json["act_group"] = linear.act.group;
+  if (linear.act.bits < 16) {
+    json["act_group"] = linear.act.group;
+    json["act_clip"] = linear.act.clip;
+    json["act_full_range"] = linear.act.full_range;
+  }
   if (linear.input.active()) json["input_transform_block"] = linear.input.block;
   if (measured.is_object() && measured.contains(name)) json["distortion"] = measured[name];
   return json;
+}
+
+Json basis_json(const Transform& basis) {
+  if (!basis.active()) return nullptr;
+  if (basis.kind == Transform::Kind::kDense) {
+    return {{"kind", "dense"}, {"storage", matrix_storage_name(basis.matrix)}};
+  }
+  return {{"kind", "hadamard"}, {"block", basis.block}};
 }
 
 const char* rope_name(RopeKind kind) {
@@ -74,8 +82,10 @@ Json inspect_json(const Model& model, const Tokenizer& tokenizer) {
   const Config& c = model.config;
   const Json measured = model.quantization.value("distortion", Json::object());
   Json tensors = Json::array();
-  tensors.push_back(matrix_json("tok_embed", model.tok_embed, matrix_bytes(model.tok_embed)));
+  tensors.push_back(matrix_json("tok_embed", model.tok_embed, model.tok_embed.n_bytes()));
   uint64_t linear_params = 0, linears_bytes = 0, other = 0;
+  // What changes of basis take in the file, beside the linears.
+  uint64_t basis_bytes = transform_bytes(model.residual_basis);
   for (size_t i = 0; i < model.layers.size(); ++i) {
     const Layer& layer = model.layers[i];
     for (const NamedLinear& named : kLayerLinears) {
@@ -84,7 +94,16 @@ Json inspect_json(const Model& model, const Tokenizer& tokenizer) {
           linear_json("layers." + std::to_string(i) + "." + named.name, linear, measured));
       linear_params += static_cast<uint64_t>(linear.out_dim() * linear.in_dim());
       linears_bytes += linear_bytes(linear);
+      basis_bytes += transform_bytes(linear.input);
     }
+    for (const NamedSkip& named : kLayerSkips) {
+      const auto& skip = layer.*named.member;
+      if (!skip) continue;
+      const std::string name = "layers." + std::to_string(i) + "." + named.name;
+      tensors.push_back(matrix_json(name + ".a", skip->a, skip->a.n_bytes()));
+      tensors.push_back(matrix_json(name + ".b", skip->b, skip->b.n_bytes()));
+    }
+    basis_bytes += skip_bytes(layer);
     other +=
         layer.attn_norm.size() + layer.ffn_norm.size() + layer.q_norm.size() + layer.k_norm.size();
   }
@@ -94,7 +113,7 @@ Json inspect_json(const Model& model, const Tokenizer& tokenizer) {
   const uint64_t table = static_cast<uint64_t>(c.vocab_size * c.dim);
   const uint64_t params =
       linear_params + other + static_cast<uint64_t>(c.dim) + table * (c.tied ? 1 : 2);
-  const uint64_t total_bytes = linears_bytes + matrix_bytes(model.tok_embed) +
+  const uint64_t total_bytes = linears_bytes + basis_bytes + model.tok_embed.n_bytes() +
                                (c.tied ? 0 : linear_bytes(model.lm_head)) +
                                4 * (other + static_cast<uint64_t>(c.dim));
   const int64_t kv_values = 2 * c.n_layers * c.kv_dim();
@@ -109,8 +128,9 @@ Json inspect_json(const Model& model, const Tokenizer& tokenizer) {
           {"linears",
            {{"parameters", linear_params},
             {"bytes", linears_bytes},
-            {"bits_per_weight",
-             8.0 * static_cast<double>(linears_bytes) / static_cast<double>(linear_params)}}},
+            {"basis_bytes", basis_bytes},
+            {"bits_per_weight", 8.0 * static_cast<double>(linears_bytes + basis_bytes) /
+                                    static_cast<double>(linear_params)}}},
           {"shape",
            {{"dim", c.dim},
             {"hidden_dim", c.hidden_dim},
@@ -124,9 +144,7 @@ Json inspect_json(const Model& model, const Tokenizer& tokenizer) {
             {"tied_embeddings", c.tied}}},
           {"rope",
            {{"type", rope_name(c.rope.kind)}, {"theta", c.rope.theta}, {"factor", c.rope.factor}}},
-          {"residual_basis", model.residual_basis.active()
-                                 ? Json{{"kind", "hadamard"}, {"block", model.residual_basis.block}}
-                                 : Json(nullptr)},
+          {"residual_basis", basis_json(model.residual_basis)},
           {"quantization", quantization},
           {"kv_bytes_per_token", {{"32", 4 * kv_values}, {"16", 2 * kv_values}}},
           {"tokenizer", {{"type", tokenizer.describe()}, {"size", tokenizer.size()}}},
@@ -147,9 +165,11 @@ void print_summary(const Json& json) {
   add("  %s, %.1f M parameters, %.1f MB of weights, %.3f bits per weight\n",
       json["architecture"].get<std::string>().c_str(), json["parameters"].get<double>() / 1e6,
       json["weight_bytes"].get<double>() / 1e6, json["bits_per_weight"].get<double>());
-  add("  linears: %.1f M parameters, %.4f bits per weight (scales and branches included)\n",
+  add("  linears: %.1f M parameters, %.4f bits per weight (scales, branches and %.1f KB of bases "
+      "included)\n",
       json["linears"]["parameters"].get<double>() / 1e6,
-      json["linears"]["bits_per_weight"].get<double>());
+      json["linears"]["bits_per_weight"].get<double>(),
+      json["linears"]["basis_bytes"].get<double>() / 1e3);
   add("  dim %lld, hidden %lld, layers %lld, heads %lld (kv %lld) of %lld, vocab %lld, context "
       "%lld\n",
       shape["dim"].get<long long>(), shape["hidden_dim"].get<long long>(),
