@@ -4,7 +4,7 @@
 # they need first (through sudo when you are not root).
 
 .DEFAULT_GOAL := build
-.PHONY: build deps test demo demo-offline asan debug format check clean help
+.PHONY: build deps test demo demo-offline results asan debug format check clean help
 
 JOBS ?= $(shell nproc)
 
@@ -35,6 +35,9 @@ demo: build  ## fetch SmolLM2-135M-Instruct (93 MB), quantize it to 4 bits, ask 
 
 demo-offline: build  ## the same with a 1 MB story model of this repository: no network, seconds
 	@tools/demo.sh --offline
+
+results: build  ## measure every method again and rewrite the table of docs/results.md (hours)
+	@tools/results.py $(ARGS)
 
 format:  ## reformat all C++ and CUDA files
 	@git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r clang-format -i

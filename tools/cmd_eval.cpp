@@ -67,8 +67,9 @@ class Evaluator {
         valid_(static_cast<size_t>(runtime.tokenizer.size())),
         session_(runtime.prepared, runtime.session_options(options.ctx, options.device.kv_bits)) {
     if (!reference) return;
-    reference_ = std::make_unique<Session>(
-        reference->prepared, reference->session_options(options.ctx, options.device.kv_bits));
+    // --kv-bits is part of what is judged, so the reference keeps its own.
+    reference_ =
+        std::make_unique<Session>(reference->prepared, reference->session_options(options.ctx, 0));
     reference_logits_.resize(std::min(kChunk, static_cast<size_t>(options.ctx)) * vocab_);
   }
 
@@ -306,9 +307,9 @@ void eval_task(const EvalOptions& options) {
   int64_t tokens_run = 0;
   const TaskTally tally = score_questions(runtime, task, options, tokens_run);
   const double seconds = seconds_since(start);
+  const std::filesystem::path path(options.task);
   Json json = {{"schema", 1},
-               {"task", options.task == "-" ? std::string("stdin")
-                                            : std::filesystem::path(options.task).stem().string()},
+               {"task", options.task == "-" ? "stdin" : printable(path.stem().string())},
                {"form", task.form},
                {"n", task.questions.size()}};
   const auto put = [&](const std::string& name, const Estimate& estimate) {
@@ -346,8 +347,10 @@ void add_eval_command(CLI::App& app) {
       ->check(number_in(0, 1 << 24))
       ->needs(text);
   command
-      ->add_option("--kl", options->reference,
-                   "reference model: also report KL(reference || model) and top-1 agreement")
+      ->add_option(
+          "--kl", options->reference,
+          "reference model, with its default --kv-bits: also report KL(reference || model) "
+          "and top-1 agreement")
       ->needs(text);
   command->add_flag("--json", options->json, "one JSON object on stdout");
   command->add_flag("-q,--quiet", options->quiet, "no progress on stderr");

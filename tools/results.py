@@ -1,0 +1,311 @@
+#!/usr/bin/env python3
+"""results - the table of docs/results.md, made again from the models by one command.
+
+Each row of ROWS is quantized, then evaluated on WikiText-2 with the KL divergence from its own
+folder. What came out is kept in results/, one JSON file a run; a run whose command line and version
+of tq are found there is not repeated, so the script may be interrupted at any time. At the end the
+block between the two `results:` marks of docs/results.md is written anew from all runs of this
+table that are there. Delete results/ to measure again. Standard library only.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections import namedtuple
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+STORE = "results"
+DOCUMENT = "docs/results.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+# quantize: arguments of `tq quantize` (None: the folder itself is evaluated); evaluate: arguments of
+# `tq eval`; seeds: runs with --seed 0, 1, ..., reported as one row.
+Row = namedtuple("Row", "name quantize evaluate seeds", defaults=("", 1))
+
+ROWS = [
+    Row("unquantized", None),
+    Row("RTN W4A8", "--method rtn"),
+    Row("RTN W4A4", "--method rtn --bits-a 4"),
+    Row("GPTQ W4A4", "--method gptq --bits-a 4"),
+    Row("QuaRot RTN W4A4", "--method quarot --rounding rtn --bits-a 4", seeds=3),
+    Row("QuaRot W4A8", "--method quarot"),
+    Row("QuaRot W4A4", "--method quarot --bits-a 4", seeds=3),
+    Row("QuaRot W4A4KV4", "--method quarot --bits-a 4", "--kv-bits 4"),
+    Row("QuaRot W3A3", "--method quarot --bits-w 3 --bits-a 3"),
+    Row("SVDQuant r32 W4A4", "--method svdquant --rank 32 --bits-a 4"),
+    Row("SpinQuant W4A4", "--method spinquant --bits-a 4", seeds=3),
+    Row("ReSpinQuant r0 W4A4", "--method respinquant --basis-rank 0 --bits-a 4"),
+    Row("ReSpinQuant r8 W4A4", "--method respinquant --basis-rank 8 --bits-a 4"),
+    Row("ReSpinQuant r32 W4A4", "--method respinquant --basis-rank 32 --bits-a 4"),
+    Row("ReSpinQuant r128 W4A4", "--method respinquant --basis-rank 128 --bits-a 4"),
+    Row("ReSpinQuant full W4A4", "--method respinquant --basis-rank full --bits-a 4"),
+    Row("TwinQuant SVD r32 W4A4", "--method twinquant --split svd --rank 32 --bits-a 4"),
+    Row("TwinQuant SVD r128 W4A4", "--method twinquant --split svd --rank 128 --bits-a 4"),
+    Row("TwinQuant r32 W4A4", "--method twinquant --rank 32 --bits-a 4", seeds=3),
+    Row("TwinQuant r128 W4A4", "--method twinquant --rank 128 --bits-a 4", seeds=3),
+    Row("TwinQuant r128 W4A8", "--method twinquant --rank 128 --bits-a 8"),
+    Row("TwinQuant r128 W4A4KV4", "--method twinquant --rank 128 --bits-a 4", "--kv-bits 4"),
+    Row("TwinQuant r128 W3A3", "--method twinquant --rank 128 --bits-w 3 --bits-a 3"),
+]
+
+# Methods and roundings that refuse a calibration text.
+UNCALIBRATED = {"rtn", "svdquant"}
+
+# wiki.test.raw as it was published; papers join its rows by two newlines.
+RAW_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+TEXT_HELP = """WikiText-2 test split: wiki.test.raw, from wikitext-2-raw-v1.zip of Merity et al. (Hugging
+Face data set Salesforce/wikitext, config wikitext-2-raw-v1; CC BY-SA), whose rows are joined by two
+newlines as papers do. Any other file is taken as it is. Default: demo/wiki.test.raw"""
+
+# One run: a row, a model and a seed; the arguments of both commands; where the result is kept.
+Run = namedtuple("Run", "row model seed quantize evaluate path")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[1] + " Paths are relative to the root of the tree.")
+    parser.add_argument("--model", action="append", metavar="DIR",
+                        help="Hugging Face folder; may be repeated. "
+                             "Default: demo/SmolLM2-135M-Instruct, which make demo fetches")
+    parser.add_argument("--text", default="demo/wiki.test.raw", help=TEXT_HELP)
+    parser.add_argument("--only", default="", metavar="REGEX", help="run only rows whose name matches")
+    parser.add_argument("--windows", type=int, default=0, help="first N windows of the text; 0 = all")
+    parser.add_argument("--threads", type=int, default=0, help="0 = all cores; changes seconds only")
+    parser.add_argument("--calib", help="calibration text, as tq quantize takes it")
+    parser.add_argument("--tq", default="./tq", help="the program. Default: ./tq, which make builds")
+    parser.add_argument("--list", action="store_true", help="print the rows and stop")
+    args = parser.parse_args()
+    args.model = args.model or ["demo/SmolLM2-135M-Instruct"]
+    return args
+
+
+def fail(sentence):
+    sys.exit(f"results: {sentence}")
+
+
+def model_name(folder):
+    return os.path.basename(os.path.normpath(folder))
+
+
+def plan(args):
+    """All runs of the table, in its order."""
+    for folder in args.model:
+        for row in ROWS:
+            for seed in range(row.seeds):
+                quantize = None
+                if row.quantize is not None:
+                    quantize = shlex.split(row.quantize) + (["--seed", str(seed)] if seed else [])
+                    if args.calib and not UNCALIBRATED & set(quantize):
+                        quantize += ["--calib", args.calib]
+                evaluate = shlex.split(row.evaluate)
+                if args.windows:
+                    evaluate += ["--windows", str(args.windows)]
+                key = json.dumps([model_name(folder), quantize, evaluate])
+                digest = sha256(key.encode())[:12]
+                slug = re.sub(r"[^a-z0-9]+", "-", f"{row.name}-{seed}".lower())
+                yield Run(row, folder, seed, quantize, evaluate,
+                          os.path.join(STORE, f"{model_name(folder)}-{slug}-{digest}.json"))
+
+
+def commands(run):
+    """The two commands as a reader would type them; None where there is nothing to quantize."""
+    name = model_name(run.model)
+    target = "M.tq" if run.quantize is not None else name
+    quantize = None
+    if run.quantize is not None:
+        quantize = shlex.join(["tq", "quantize", name, "-o", "M.tq", *run.quantize])
+    kl = ["--kl", name] if run.quantize is not None else []
+    return quantize, shlex.join(["tq", "eval", target, "--text", "TEXT", *kl, *run.evaluate])
+
+
+def load(run, version, text_sha256):
+    """The stored result of this very run by this version of tq on this text, or None."""
+    try:
+        with open(run.path, encoding="utf-8") as file:
+            stored = json.load(file)
+    except (OSError, ValueError):
+        return None
+    same = (stored["version"] == version and stored["commands"] == list(commands(run))
+            and stored["eval"]["text_sha256"] == text_sha256)
+    return stored if same else None
+
+
+def call(command):
+    """stdout of a command; raises CalledProcessError. Waiting threads do not spin (as demo.sh)."""
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    print("results: $", shlex.join(command), file=sys.stderr, flush=True)
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
+
+
+def measure(run, args, text, version):
+    threads = ["--threads", str(args.threads)] if args.threads else []
+    target, kl, report = run.model, [], None
+    stem = run.path[:-len(".json")]
+    try:
+        if run.quantize is not None:
+            target, kl = stem + ".tq", ["--kl", run.model]
+            call([args.tq, "quantize", run.model, "-o", target, "--force", "--quiet", "--report",
+                  stem + ".report", *run.quantize, *threads])
+            with open(stem + ".report", encoding="utf-8") as file:
+                report = json.load(file)
+            del report["linears"]
+        evaluation = json.loads(call([args.tq, "eval", target, "--text", text, "--json", "-q", *kl,
+                                      *run.evaluate, *threads]))
+    finally:
+        for path in (stem + ".tq", stem + ".report"):
+            if os.path.exists(path):
+                os.remove(path)
+    result = {"version": version, "commands": commands(run), "quantize": report, "eval": evaluation,
+              "date": datetime.date.today().isoformat(), "machine": machine(args.threads)}
+    with open(stem + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=1)
+    os.replace(stem + ".tmp", run.path)
+
+
+def machine(threads):
+    """Processor and threads, for the line above the table."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.M).group(1)
+    except (OSError, AttributeError):
+        pass
+    return f"{name}, {threads or os.cpu_count()} threads"
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def prepare_text(path):
+    """Path and digest of the text to evaluate: the rows of the raw file joined as papers do, any
+    other file as it is."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        fail(f"{path}: {error.strerror}; --text: {' '.join(TEXT_HELP.split())}")
+    if sha256(data) != RAW_SHA256:
+        return path, sha256(data)
+    rows = [b"" if line == b" " else line + b"\n" for line in data[:-1].split(b"\n")]
+    target = os.path.join(STORE, "wikitext-2-test.txt")
+    data = b"\n\n".join(rows)
+    with open(target, "wb") as file:
+        file.write(data)
+    return target, sha256(data)
+
+
+def spread(values, digits):
+    """One value, or the mean of several with their extremes."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table_line(row, model, results):
+    """One Markdown row from the results of its seeds."""
+    reports = [result["quantize"] for result in results if result["quantize"]]
+    evals = [result["eval"] for result in results]
+    error = max(e["ppl"] * e["stderr"] for e in evals)
+    quantize, evaluate = results[0]["commands"]
+    command = f"`{quantize}`" if quantize else f"`{evaluate}`"
+    if quantize and row.evaluate:
+        command += f", eval `{row.evaluate}`"
+    if len(results) > 1:
+        command += f", {len(results)} seeds"
+    cells = [model_name(model), row.name, spread([e["ppl"] for e in evals], 3), f"{error:.2f}"]
+    if reports:
+        cells.insert(2, f"{max(r['bits_per_weight'] for r in reports):.4f}")
+        cells += [spread([e["kl_mean"] for e in evals], 4),
+                  spread([100 * e["top1_agreement"] for e in evals], 2),
+                  f"{max(r['seconds'] for r in reports):.0f}",
+                  f"{max(r['peak_rss_bytes'] for r in reports) / 1e6:.0f}"]
+    else:
+        cells.insert(2, "as stored")
+        cells += ["", "", "", ""]
+    return "| " + " | ".join(cells + [command]) + " |"
+
+
+def render(runs, version, text_sha256):
+    """The block of the document: one line for each row of which all seeds are there."""
+    lines, shown = [], []
+    groups = {}
+    for run in runs:
+        groups.setdefault((run.model, run.row), []).append(load(run, version, text_sha256))
+    for (model, row), results in groups.items():
+        if all(results):
+            lines.append(table_line(row, model, results))
+            shown += results
+    if not lines:
+        fail("nothing to write: no run of this table is in results/")
+    facts = {"windows": {str(r["eval"]["windows"]) for r in shown},
+             "machine": {r["machine"] for r in shown}}
+    dates = sorted({r["date"] for r in shown})
+    period = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    caption = (f"{version}, {period}, {'; '.join(sorted(facts['machine']))}. Text sha256 "
+               f"{text_sha256[:12]}..., {', '.join(sorted(facts['windows']))} windows of "
+               f"{shown[0]['eval']['ctx']} tokens: {shown[0]['eval']['protocol']}.")
+    head = ["model", "row", "bits per weight of linears", "perplexity", "+-", "KL mean", "top-1 %",
+            "quantizing, s", "peak MB", "command"]
+    return "\n".join([BEGIN, caption, "", "| " + " | ".join(head) + " |",
+                      "|" + "---|" * len(head), *lines, END])
+
+
+def rewrite(block):
+    with open(DOCUMENT, encoding="utf-8") as file:
+        text = file.read()
+    begin, end = text.find(BEGIN), text.find(END)
+    if begin < 0 or end < begin:
+        fail(f"{DOCUMENT} has no {BEGIN} ... {END}")
+    with open(DOCUMENT + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text[:begin] + block + text[end + len(END):])
+    os.replace(DOCUMENT + ".tmp", DOCUMENT)
+
+
+def main():
+    args = parse_arguments()
+    os.chdir(ROOT)
+    if args.list:
+        for row in ROWS:
+            how = "the folder itself" if row.quantize is None else row.quantize
+            tail = (f"  eval {row.evaluate}" if row.evaluate else "") + \
+                (f"  {row.seeds} seeds" if row.seeds > 1 else "")
+            print(f"{row.name:24} {how}{tail}")
+        return 0
+    try:
+        version = subprocess.run([args.tq, "--version"], check=True, capture_output=True,
+                                 text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        fail(f"cannot run {args.tq}: {error}; build it with make, or name it with --tq")
+    os.makedirs(STORE, exist_ok=True)
+    text, text_sha256 = prepare_text(args.text)
+    runs = list(plan(args))
+    failed = set()
+    for run in runs:
+        if not re.search(args.only, run.row.name) or load(run, version, text_sha256):
+            continue
+        if run.row.name in failed:
+            continue
+        try:
+            measure(run, args, text, version)
+        except subprocess.CalledProcessError:
+            failed.add(run.row.name)  # tq has said why
+    rewrite(render(runs, version, text_sha256))
+    if failed:
+        fail("left out, because tq refused: " + ", ".join(sorted(failed)))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
