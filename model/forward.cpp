@@ -126,6 +126,7 @@ PreparedModel::PreparedModel(const Model& model, Backend& backend)
       lm_head_(backend.prepare(model.lm_head)) {
   if (model.residual_basis.active()) {
     residual_basis_ = backend.prepare_transform(model.residual_basis);
+    output_basis_ = backend.prepare_transform(model.last_basis());
   }
   layers_.reserve(model.layers.size());
   for (const Layer& layer : model.layers) layers_.push_back(prepare_layer(backend, layer));
@@ -178,7 +179,7 @@ std::span<const float> Session::compute_logits(int64_t first_row, int64_t rows) 
   Backend& backend = model_.backend();
   const Config& config = model_.config();
   backend.copy_rows(*acts_.x, first_row, rows, config.dim, *head_in_);
-  if (model_.residual_basis_) backend.transform(*head_in_, rows, *model_.residual_basis_, true);
+  if (model_.output_basis_) backend.transform(*head_in_, rows, *model_.output_basis_, true);
   backend.rms_norm(*head_in_, *model_.final_norm_, config.norm_eps, rows, config.dim, *head_in_);
   run_linears(backend, {model_.lm_head_.get()}, *head_in_, rows, {logits_device_.get()});
   const std::span<float> logits(logits_.data(), static_cast<size_t>(rows * config.vocab_size));

@@ -65,7 +65,7 @@ class PreparedModel {
   const Model& model_;
   Backend& backend_;
   std::unique_ptr<PreparedTable> tok_embed_;
-  std::unique_ptr<PreparedTransform> residual_basis_;  // null when inactive
+  std::unique_ptr<PreparedTransform> residual_basis_, output_basis_;  // null when inactive
   BufferPtr final_norm_;
   std::vector<PreparedLayer> layers_;
   std::unique_ptr<PreparedLinear> lm_head_;

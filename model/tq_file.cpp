@@ -104,6 +104,10 @@ void TqWriter::add_residual_basis(const Transform& transform) {
   residual_basis_ = describe_transform("residual_basis", transform);
 }
 
+void TqWriter::add_output_basis(const Transform& transform) {
+  output_basis_ = describe_transform("output_basis", transform);
+}
+
 void TqWriter::add_skip(const std::string& name, const LowRankStep& skip) {
   add_matrix(name + ".a", skip.a);
   add_matrix(name + ".b", skip.b);
@@ -120,6 +124,7 @@ void TqWriter::finish(const ModelTexts& texts, const Json& quantization) {
   }
   Json header = {{"tq_format", kTqFormatVersion}, {"quantization", quantization}};
   if (!residual_basis_.is_null()) header["residual_basis"] = residual_basis_;
+  if (!output_basis_.is_null()) header["output_basis"] = output_basis_;
   header["linears"] = std::move(linears_);
   if (!skips_.is_null()) header["skips"] = std::move(skips_);
   header["tensors"] = std::move(tensors_);

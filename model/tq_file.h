@@ -39,6 +39,8 @@ class TqWriter {
   void add_linear(const std::string& name, const Linear& linear, bool tied = false);
   /// The basis of the residual stream (Model::residual_basis); leave out when inactive.
   void add_residual_basis(const Transform& transform);
+  /// The basis behind the last layer (Model::output_basis), where it is another one.
+  void add_output_basis(const Transform& transform);
   /// A step of the residual stream, "layers.N.attn_skip" or "layers.N.ffn_skip".
   void add_skip(const std::string& name, const LowRankStep& skip);
   /// Writes header and prologue, fsyncs, renames. `quantization` is stored for inspection.
@@ -52,7 +54,7 @@ class TqWriter {
   Json tensors_ = Json::array();
   Json linears_ = Json::object();
   Json skips_;
-  Json residual_basis_;
+  Json residual_basis_, output_basis_;
 };
 
 /// Checks every byte of a .tq file: prologue, header, each tensor's checksum, zero padding.

@@ -134,7 +134,11 @@ class Reader {
                              c.vocab_size, c.dim);
     model.lm_head = linear("lm_head", c.vocab_size, c.dim);
     if (header_.contains("residual_basis")) {
-      model.residual_basis = residual_basis(header_["residual_basis"], c.dim);
+      model.residual_basis = stream_basis("residual_basis", c.dim);
+    }
+    if (header_.contains("output_basis")) {
+      if (!model.residual_basis.active()) throw bad(path_, "output_basis without residual_basis");
+      model.output_basis = stream_basis("output_basis", c.dim);
     }
     model.final_norm = vector("final_norm", c.dim);
     for (int64_t i = 0; i < c.n_layers; ++i) model.layers.push_back(layer(c, i));
@@ -174,7 +178,7 @@ class Reader {
   // Names that nothing below would ask for; those inside are checked where they are read.
   void check_header(const Config& c) {
     only_keys(header_, "the header",
-              {"tq_format", "quantization", "residual_basis", "linears", "skips", "tensors"});
+              {"tq_format", "quantization", "residual_basis", "output_basis", "linears", "skips", "tensors"});
     if (!header_.contains("skips")) return;
     std::set<std::string> names;
     for (int64_t i = 0; i < c.n_layers; ++i) {
@@ -283,8 +287,8 @@ class Reader {
     return linears[name];
   }
 
-  Transform residual_basis(const Json& json, int64_t size) {
-    const std::string where = "residual_basis";
+  Transform stream_basis(const std::string& where, int64_t size) {
+    const Json& json = header_[where];
     if (require_string(json, "kind", path_) != "dense") return transform(json, where, size);
     only_keys(json, where, {"kind", "size", "matrix"});
     Transform t;

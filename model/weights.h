@@ -140,8 +140,12 @@ struct Model {
   Linear lm_head;     // weight is a view of tok_embed when tied
   // The residual stream runs in a rotated basis when active: x = transform(embed[token]), and the
   // inverse is applied before final_norm. Embedding and head therefore keep their own values, tied
-  // or not, and the norm gain needs no folding.
-  Transform residual_basis;
+  // or not, and the norm gain needs no folding. Where low-rank steps have led the stream to another
+  // basis behind the last layer, output_basis is that one.
+  Transform residual_basis, output_basis;
+  const Transform& last_basis() const {
+    return output_basis.active() ? output_basis : residual_basis;
+  }
   std::vector<float> final_norm;  // [dim]
   std::vector<Layer> layers;
   std::string source;           // path, for messages

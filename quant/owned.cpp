@@ -64,6 +64,8 @@ Layer FloatLayer::view() const {
     linear.weight.data = reinterpret_cast<const std::byte*>(source.data.data());
   }
   layer.w_down.input = down_input;
+  if (attn_skip) layer.attn_skip = attn_skip->view();
+  if (ffn_skip) layer.ffn_skip = ffn_skip->view();
   return layer;
 }
 

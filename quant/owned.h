@@ -68,6 +68,7 @@ struct FloatLayer {
   std::vector<float> attn_norm, ffn_norm, q_norm, k_norm;
   std::array<FloatMatrix, kNLinears> linears;
   Transform down_input;  // online transform before w_down; its weight is already folded
+  std::optional<OwnedLowRankStep> attn_skip, ffn_skip;
 
   /// As the forward pass wants it, nothing rounded. Views into *this.
   Layer view() const;

@@ -8,7 +8,9 @@
 
 #include "model/error.h"
 #include "model/tq_file.h"
+#include "quant/learn.h"
 #include "quant/quantize_layer.h"
+#include "quant/refine.h"
 #include "quant/resume.h"
 #include "quant/rounding.h"
 
@@ -70,28 +72,35 @@ class Pipeline {
     TQ_CHECK(calibration || !options_.needs_calibration());
     note(basis_.fallback_note(source_.config));
     if (calibration) prepare_store(fingerprint, resume);
+    if (options_.learns_basis()) learn(*calibration, backend);
     write_tables();
     std::optional<CalibrationStream> stream;
-    const Config& config = source_.config;
+    const int64_t n_layers = source_.config.n_layers;
     int64_t pending = 0;  // layers whose results are known but which the stream has not passed
-    for (int64_t layer = 0; layer < config.n_layers; ++layer) {
+    const auto catch_up = [&](int64_t layer) {
+      if (calibration && !stream) {
+        step(layer, "embedding");
+        stream.emplace(source_, *calibration, basis_.input(), backend, options_.threads);
+      }
+      for (; stream && pending < layer; ++pending) {
+        step(pending, "replaying");
+        stream->run_layer(folded(pending).view(), nullptr, [&] { check_interrupted(); });
+      }
+    };
+    for (int64_t layer = 0; layer < n_layers; ++layer) {
       if (options_.copies_weights()) {
         copy_layer(layer);
       } else if (!take_finished(layer)) {
-        if (calibration && !stream) {
-          step(layer, "embedding");
-          stream.emplace(source_, *calibration, basis_.residual.transform, backend,
-                         options_.threads);
-        }
-        for (; stream && pending < layer; ++pending) {
-          step(pending, "replaying");
-          stream->run_layer(folded(pending).view(), nullptr, [&] { check_interrupted(); });
-        }
+        catch_up(layer);
         work_on_layer(layer, stream ? &*stream : nullptr);
         pending = layer + 1;
       }
       release_layer(layer);
       step(layer, "");
+    }
+    if (options_.refine_steps > 0) {
+      catch_up(n_layers);
+      refine(*calibration, stream->hidden());
     }
     finish(calibration);
     return std::move(result_);
@@ -126,8 +135,55 @@ class Pipeline {
     store_.create(fingerprint);
   }
 
+  void learn(const Calibration& calibration, Backend& backend) {
+    std::optional<LearnResult> learned;
+    if (resuming_) learned = store_.load_learned();
+    if (!learned) {
+      const auto stop = [&] { check_interrupted(); };
+      const InputBank bank(source_, calibration, basis_.down(), backend, options_.threads,
+                           [&](int64_t layer) {
+                             stop();
+                             step(layer, "sampling");
+                           });
+      const LearnHooks hooks{[&](int64_t step, int64_t n_steps, double loss) {
+                               if (hooks_.descent) hooks_.descent("learning", step, n_steps, loss);
+                             },
+                             stop};
+      learned = learn_basis(source_, options_, bank, basis_.down(), hooks);
+      store_.save_learned(*learned);
+    }
+    char text[96];
+    std::snprintf(text, sizeof text, "basis learned: largest error of orthogonality %.1e",
+                  learned->orthogonality_error);
+    note(text);
+    result_.basis_losses = learned->losses;
+    basis_.deploy(std::move(learned->basis), options_);
+    linear_bytes_ += transform_bytes(basis_.input());
+    if (basis_.learned()->layerwise()) linear_bytes_ += transform_bytes(basis_.output());
+  }
+
+  // Lets the scales of all finished layers learn from the original's predictions, then writes them.
+  void refine(const Calibration& calibration, const std::vector<float>& reference) {
+    std::vector<OwnedLayer> layers;
+    for (QuantizedLayer& finished : finished_) layers.push_back(std::move(finished.layer));
+    const Transform input = basis_.input(), output = basis_.output();
+    const RefineHooks hooks{[&](int64_t step, int64_t n_steps, double kl) {
+                              if (hooks_.descent) hooks_.descent("refining", step, n_steps, kl);
+                            },
+                            [&] { check_interrupted(); }};
+    result_.refine_losses =
+        refine_scales(layers, {source_, calibration, reference, input, output}, options_, hooks);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      finished_[i].layer = std::move(layers[i]);
+      write_layer(static_cast<int64_t>(i), finished_[i]);
+    }
+  }
+
   void write_tables() {
-    if (basis_.residual.transform.active()) writer_.add_residual_basis(basis_.residual.transform);
+    if (basis_.input().active()) writer_.add_residual_basis(basis_.input());
+    if (basis_.learned() && basis_.learned()->layerwise()) {
+      writer_.add_output_basis(basis_.output());
+    }
     const Table table(source_.tok_embed, options_.embed_bits, options_);
     writer_.add_table(table.matrix);
     Linear head;
@@ -155,10 +211,10 @@ class Pipeline {
   bool take_finished(int64_t layer) {
     if (!resuming_) return false;
     check_interrupted();
-    std::optional<QuantizedLayer> finished = store_.load(layer, basis_.down.transform);
+    std::optional<QuantizedLayer> finished = store_.load(layer, basis_.down());
     if (!finished) return false;
     ++result_.n_resumed;
-    write_layer(layer, *finished);
+    finish_layer(layer, std::move(*finished));
     return true;
   }
 
@@ -166,17 +222,31 @@ class Pipeline {
     const auto stop = [&] { check_interrupted(); };
     stop();
     const FloatLayer folded_layer = folded(layer);
-    std::optional<LayerGrams> grams;
+    std::optional<LayerStats> stats;
     if (stream) {
       step(layer, "calibrating");
-      grams.emplace(source_.config);
-      stream->run_layer(folded_layer.view(), &*grams, stop);
+      stats.emplace(source_.config, options_);
+      stream->run_layer(
+          folded_layer.view(),
+          [&](Site site, const float* x, int64_t rows, int64_t) {
+            stats->at(site).add(x, rows, options_.threads);
+          },
+          stop);
     }
     step(layer, "rounding");
-    const QuantizedLayer quantized = quantize_layer(folded_layer, layer, options_, source_.config,
-                                                    grams ? &*grams : nullptr, stop);
+    QuantizedLayer quantized = quantize_layer(folded_layer, layer, options_, source_.config, basis_,
+                                              stats ? &*stats : nullptr, stop);
     if (keeps_results_) store_.save(layer, quantized);
-    write_layer(layer, quantized);
+    finish_layer(layer, std::move(quantized));
+  }
+
+  // Refinement still changes a layer, so then it is kept until the end.
+  void finish_layer(int64_t layer, QuantizedLayer quantized) {
+    if (options_.refine_steps > 0) {
+      finished_.push_back(std::move(quantized));
+    } else {
+      write_layer(layer, quantized);
+    }
   }
 
   void write_layer(int64_t layer, const QuantizedLayer& quantized) {
@@ -262,6 +332,7 @@ class Pipeline {
   ResumeStore store_;
   TqWriter writer_;
   QuantizeResult result_;
+  std::vector<QuantizedLayer> finished_;
   bool keeps_results_ = false, resuming_ = false;
   uint64_t linear_bytes_ = 0;
   int64_t n_weights_ = 0;

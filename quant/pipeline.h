@@ -21,6 +21,8 @@ struct QuantizeHooks {
   std::function<void(const std::string& sentence)> note;
   /// A step of layer `layer` of `n_layers` begins; "" when the layer is done.
   std::function<void(int64_t layer, int64_t n_layers, const char* step)> progress;
+  /// After step `step` of `n_steps` of a descent, "learning" or "refining", with its loss.
+  std::function<void(const char* stage, int64_t step, int64_t n_steps, double loss)> descent;
   /// True ends the work with Error(kInterrupted) within one calibration sample or linear.
   std::function<bool()> interrupted;
   /// A matrix of the source will not be read again soon (drop its mapped pages).
@@ -33,6 +35,7 @@ struct QuantizeResult {
   double bits_per_weight = 0;  // of all linears, low-rank steps included
   int64_t n_resumed = 0;       // layers taken from an interrupted run
   Json quantization;           // as stored in the file
+  std::vector<double> basis_losses, refine_losses;  // one a step
 };
 
 /// Quantizes `source` into `output`. calibration: required when options.needs_calibration(). The

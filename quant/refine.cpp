@@ -65,6 +65,15 @@ struct Weight {
   }
 };
 
+struct FloatStep {
+  FloatMatrix a, b;
+};
+
+std::optional<FloatStep> to_float_step(const std::optional<OwnedLowRankStep>& step) {
+  if (!step) return std::nullopt;
+  return FloatStep{to_float_matrix(step->a.view()), to_float_matrix(step->b.view())};
+}
+
 struct StudentLinear {
   const OwnedLinear* linear = nullptr;
   Weight weight, branch_a, branch_b;
@@ -74,13 +83,18 @@ class Student {
  public:
   Student(std::vector<OwnedLayer>& layers, const RefineInputs& inputs,
           const QuantizeOptions& options)
-      : layers_(layers), inputs_(inputs), config_(inputs.source.config), options_(options),
-        basis_(inputs.basis), output_basis_(inputs.output_basis) {
+      : layers_(layers), inputs_(inputs), config_(inputs.source.config), options_(options) {
+    if (inputs.output_basis.kind == Transform::Kind::kDense) {
+      last_ = to_float_matrix(inputs.output_basis.matrix);
+    } else {
+      output_basis_ = FastTransform(inputs.output_basis);
+    }
     rope_.inv_freq = rope_inv_freq(config_.rope, config_.head_dim);
     rope_.attention_factor = static_cast<float>(config_.rope.attention_factor);
     head_ = to_float_matrix(inputs.source.lm_head.weight);
     for (OwnedLayer& layer : layers) {
       linears_.emplace_back();
+      skips_.emplace_back(to_float_step(layer.attn_skip), to_float_step(layer.ffn_skip));
       for (size_t i = 0; i < kNLinears; ++i) {
         OwnedLinear& linear = layer.linears[i];
         StudentLinear& student = linears_.back()[i];
@@ -142,7 +156,10 @@ class Student {
     for (size_t i = 0; i < tokens.size(); ++i) {
       float* row = out.data() + i * static_cast<size_t>(dim);
       matrix_row_f32(inputs_.source.tok_embed, tokens[i], row);
-      basis_.apply_row(kernels_for(best_isa()), row, false);
+      std::vector<double> wide(row, row + dim);
+      apply_transform(inputs_.basis, wide.data(), false);
+      std::transform(wide.begin(), wide.end(), row,
+                     [](double value) { return static_cast<float>(value); });
     }
     return out;
   }
@@ -163,7 +180,7 @@ class Student {
     k = rope(k, rope_, config_.n_kv_heads, 1);
     Var mixed = causal_attention(q, k, v, {config_.n_heads, config_.n_kv_heads, 1});
     rounded = round_input(mixed, linears[kWo].linear->act);
-    Var stream = add(skipped(tape, x, norms.attn_skip), run(tape, linears[kWo], mixed, rounded));
+    Var stream = add(skipped(tape, x, skips_[index].first), run(tape, linears[kWo], mixed, rounded));
 
     in = gained(rms_norm(stream, config_.norm_eps), norms.ffn_norm);
     rounded = round_input(in, linears[kWGate].linear->act);
@@ -171,7 +188,7 @@ class Student {
                           run(tape, linears[kWUp], in, rounded));
     if (linears[kWDown].linear->input.active()) hidden = hadamard(hidden, down_);
     rounded = round_input(hidden, linears[kWDown].linear->act);
-    return add(skipped(tape, stream, norms.ffn_skip),
+    return add(skipped(tape, stream, skips_[index].second),
                run(tape, linears[kWDown], hidden, rounded));
   }
 
@@ -206,26 +223,33 @@ class Student {
     return reshape(gained(rms_norm(reshape(x, heads), config_.norm_eps), gain), x.shape());
   }
 
-  static Var skipped(Tape& tape, const Var& x, const std::optional<OwnedLowRankStep>& step) {
+  static Var skipped(Tape& tape, const Var& x, const std::optional<FloatStep>& step) {
     if (!step) return x;
-    const auto constant = [&](const FloatMatrix& m) {
-      return tape.constant({1, m.rows, m.cols}, m.data.data());
-    };
-    return add(x, matmul_nt(matmul_nt(x, constant(step->a)), constant(step->b)));
+    return add(x, matmul_nt(matmul_nt(x, constant(tape, step->a)), constant(tape, step->b)));
   }
 
+  // Out of the basis of the last layer, through the final norm.
   Var final_hidden(const Var& x) const {
-    return gained(rms_norm(hadamard(x, output_basis_, true), config_.norm_eps),
-                  inputs_.source.final_norm);
+    const Transform& basis = inputs_.output_basis;
+    const Var own = basis.kind == Transform::Kind::kDense ? matmul_nt(x, constant(x.tape(), last_))
+                    : basis.active()                      ? hadamard(x, output_basis_, true)
+                                                          : x;
+    return gained(rms_norm(own, config_.norm_eps), inputs_.source.final_norm);
+  }
+
+  static Var constant(Tape& tape, const FloatMatrix& m) {
+    return tape.constant({1, m.rows, m.cols}, m.data.data());
   }
 
   std::vector<OwnedLayer>& layers_;
   const RefineInputs& inputs_;
   const Config& config_;
   const QuantizeOptions& options_;
-  FastTransform basis_, output_basis_, down_;
+  FastTransform output_basis_, down_;  // Hadamard
+  FloatMatrix last_;                   // dense output basis
   RopeTable rope_;
   FloatMatrix head_;
+  std::vector<std::pair<std::optional<FloatStep>, std::optional<FloatStep>>> skips_;
   std::deque<Scales> scales_;  // stable addresses
   std::vector<std::array<StudentLinear, kNLinears>> linears_;
 };

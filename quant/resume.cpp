@@ -13,6 +13,7 @@ namespace tq {
 namespace {
 
 constexpr char kMagic[8] = {'T', 'Q', 'L', 'A', 'Y', 'E', 'R', '2'};
+constexpr const char* kLearnedFile = "/learned.bin";
 constexpr size_t kMaxFingerprintBytes = 16u << 20;
 
 class LayerWriter {
@@ -23,6 +24,14 @@ class LayerWriter {
   Json vector(const std::vector<float>& values) {
     append(values.data(), values.size() * sizeof(float));
     return values.size();
+  }
+  Json matrix(const MatrixRM& m) {
+    append(m.data(), static_cast<size_t>(m.size()) * sizeof(double));
+    return {m.rows(), m.cols()};
+  }
+  Json matrix(const FloatMatrix& m) {
+    append(m.data.data(), m.data.size() * sizeof(float));
+    return {m.rows, m.cols};
   }
   Json matrix(const OwnedMatrix& m) {
     append(m.data.data(), m.data.size());
@@ -51,6 +60,18 @@ class LayerReader {
     take(values.data(), count * sizeof(float));
     return values;
   }
+  MatrixRM double_matrix(const Json& json) {
+    const auto [rows, cols] = shape(json, sizeof(double));
+    MatrixRM m(rows, cols);
+    take(m.data(), static_cast<size_t>(m.size()) * sizeof(double));
+    return m;
+  }
+  FloatMatrix float_matrix(const Json& json) {
+    const auto [rows, cols] = shape(json, sizeof(float));
+    FloatMatrix m{rows, cols, std::vector<float>(static_cast<size_t>(rows * cols))};
+    take(m.data.data(), m.data.size() * sizeof(float));
+    return m;
+  }
   OwnedMatrix matrix(const Json& json) {
     OwnedMatrix m;
     m.storage = static_cast<Storage>(json.at(0).get<int>());
@@ -74,6 +95,15 @@ class LayerReader {
   }
 
  private:
+  // Rows and columns that the rest of the file can hold.
+  std::pair<int64_t, int64_t> shape(const Json& json, size_t element) {
+    const int64_t rows = json.at(0).get<int64_t>(), cols = json.at(1).get<int64_t>();
+    if (rows < 0 || cols < 0 || rows > INT32_MAX || cols > INT32_MAX ||
+        static_cast<uint64_t>(rows * cols) > rest_.size() / element) {
+      damaged("a matrix does not fit");
+    }
+    return {rows, cols};
+  }
   const std::string& path_;
   std::string_view rest_;
 };
@@ -136,6 +166,45 @@ QuantizedLayer read_layer(const Json& json, LayerReader& reader, const Transform
   return result;
 }
 
+std::string framed(const Json& json, const std::string& arrays) {
+  const std::string description = json.dump();
+  const uint64_t length = description.size();
+  std::string bytes(kMagic, sizeof kMagic);
+  bytes.append(reinterpret_cast<const char*>(&length), sizeof length);
+  bytes += description;
+  bytes += arrays;
+  const uint64_t hash = XXH3_64bits(bytes.data(), bytes.size());
+  bytes.append(reinterpret_cast<const char*>(&hash), sizeof hash);
+  return bytes;
+}
+
+// Checks a file and hands over its description and arrays; does nothing if there is no such file.
+template <typename Use>
+void read_framed(const std::string& path, const Use& use) {
+  if (!std::filesystem::exists(path)) return;
+  const MappedFile file(path);
+  const std::string_view bytes(reinterpret_cast<const char*>(file.data()), file.size());
+  constexpr size_t kPrefix = sizeof kMagic + sizeof(uint64_t);
+  LayerReader whole(path, bytes);
+  uint64_t length = 0, hash = 0;
+  if (bytes.size() < kPrefix + sizeof hash || !bytes.starts_with({kMagic, sizeof kMagic})) {
+    whole.damaged("it is not a file of finished work");
+  }
+  std::memcpy(&length, bytes.data() + sizeof kMagic, sizeof length);
+  const std::string_view body = bytes.substr(0, bytes.size() - sizeof hash);
+  std::memcpy(&hash, bytes.data() + body.size(), sizeof hash);
+  if (XXH3_64bits(body.data(), body.size()) != hash || length > body.size() - kPrefix) {
+    whole.damaged("its checksum does not match");
+  }
+  const Json json = parse_json(body.substr(kPrefix, length), path);
+  LayerReader reader(path, body.substr(kPrefix + length));
+  try {
+    use(json, reader);
+  } catch (const Json::exception&) {
+    reader.damaged("its description is incomplete");
+  }
+}
+
 }  // namespace
 
 ResumeStore::ResumeStore(const std::string& output) : folder_(output + ".resume") {}
@@ -189,41 +258,50 @@ void ResumeStore::save(int64_t layer, const QuantizedLayer& result) const {
   json["attn_skip"] = write_skip(writer, result.layer.attn_skip);
   json["ffn_skip"] = write_skip(writer, result.layer.ffn_skip);
   for (const LinearReport& report : result.reports) json["reports"].push_back(to_json(report));
-  const std::string description = json.dump();
-  const uint64_t length = description.size();
-  std::string bytes(kMagic, sizeof kMagic);
-  bytes.append(reinterpret_cast<const char*>(&length), sizeof length);
-  bytes += description;
-  bytes += writer.arrays();
-  const uint64_t hash = XXH3_64bits(bytes.data(), bytes.size());
-  bytes.append(reinterpret_cast<const char*>(&hash), sizeof hash);
-  write_text_file(layer_path(layer), bytes);
+  write_text_file(layer_path(layer), framed(json, writer.arrays()));
 }
 
 std::optional<QuantizedLayer> ResumeStore::load(int64_t layer, const Transform& down) const {
-  const std::string path = layer_path(layer);
-  if (!std::filesystem::exists(path)) return std::nullopt;
-  const MappedFile file(path);
-  const std::string_view bytes(reinterpret_cast<const char*>(file.data()), file.size());
-  constexpr size_t kPrefix = sizeof kMagic + sizeof(uint64_t);
-  LayerReader whole(path, bytes);
-  uint64_t length = 0, hash = 0;
-  if (bytes.size() < kPrefix + sizeof hash || bytes.substr(0, 8) != std::string_view(kMagic, 8)) {
-    whole.damaged("it is not a layer file");
+  std::optional<QuantizedLayer> result;
+  read_framed(layer_path(layer), [&](const Json& json, LayerReader& reader) {
+    result = read_layer(json, reader, down);
+  });
+  return result;
+}
+
+void ResumeStore::save_learned(const LearnResult& learned) const {
+  LayerWriter writer;
+  Json json = {{"losses", learned.losses}, {"orthogonality_error", learned.orthogonality_error}};
+  json["residual"] = json["heads"] = json["branches"] = Json::array();
+  for (const MatrixRM& m : learned.basis.residual) json["residual"].push_back(writer.matrix(m));
+  for (const MatrixRM& m : learned.basis.heads) json["heads"].push_back(writer.matrix(m));
+  for (const auto& layer : learned.basis.branches) {
+    for (const LowRank& branch : layer) {
+      const Json a = writer.matrix(branch.a);
+      json["branches"].push_back({a, writer.matrix(branch.b)});
+    }
   }
-  std::memcpy(&length, bytes.data() + sizeof kMagic, sizeof length);
-  const std::string_view body = bytes.substr(0, bytes.size() - sizeof hash);
-  std::memcpy(&hash, bytes.data() + body.size(), sizeof hash);
-  if (XXH3_64bits(body.data(), body.size()) != hash || length > body.size() - kPrefix) {
-    whole.damaged("its checksum does not match");
-  }
-  const Json json = parse_json(body.substr(kPrefix, length), path);
-  LayerReader reader(path, body.substr(kPrefix + length));
-  try {
-    return read_layer(json, reader, down);
-  } catch (const Json::exception&) {
-    reader.damaged("its description is incomplete");
-  }
+  write_text_file(folder_ + kLearnedFile, framed(json, writer.arrays()));
+}
+
+std::optional<LearnResult> ResumeStore::load_learned() const {
+  std::optional<LearnResult> result;
+  read_framed(folder_ + kLearnedFile, [&](const Json& json, LayerReader& reader) {
+    result.emplace();
+    result->losses = json.at("losses").get<std::vector<double>>();
+    result->orthogonality_error = json.at("orthogonality_error").get<double>();
+    LearnedBasis& basis = result->basis;
+    for (const Json& m : json.at("residual")) basis.residual.push_back(reader.double_matrix(m));
+    for (const Json& m : json.at("heads")) basis.heads.push_back(reader.double_matrix(m));
+    const Json& branches = json.at("branches");
+    for (size_t i = 0; i < branches.size(); ++i) {
+      if (i % kNLinears == 0) basis.branches.emplace_back();
+      LowRank& branch = basis.branches.back()[i % kNLinears];
+      branch.a = reader.float_matrix(branches[i].at(0));
+      branch.b = reader.float_matrix(branches[i].at(1));
+    }
+  });
+  return result;
 }
 
 void ResumeStore::remove() const {
@@ -232,7 +310,8 @@ void ResumeStore::remove() const {
   std::error_code ignored;
   for (const auto& entry : std::filesystem::directory_iterator(folder_, ignored)) {
     const std::string name = entry.path().filename().string();
-    if (name.starts_with("layer-") || name.starts_with("fingerprint.json")) {
+    if (name.starts_with("layer-") || name.starts_with("learned.bin") ||
+        name.starts_with("fingerprint.json")) {
       std::error_code failure;
       std::filesystem::remove(entry.path(), failure);
     }

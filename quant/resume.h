@@ -1,14 +1,15 @@
 // resume - results of finished layers, kept beside the output until it is complete.
 //
-// OUT.resume/ holds fingerprint.json (what the results depend on) and layer-00000.bin ... Each
-// appears atomically, so a killed run leaves only whole files. A layer file is: "TQLAYER2", length
-// of a JSON description (u64), the description, the arrays it names in order, XXH3-64 of all that.
+// OUT.resume/ holds fingerprint.json (what the results depend on), learned.bin, layer-00000.bin ... Each
+// appears atomically, so a killed run leaves only whole files. A file is: "TQLAYER2", the length of
+// a JSON description (u64), the description, the arrays it names in order, XXH3-64 of all that.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <string>
 
+#include "quant/learn.h"
 #include "quant/quantize_layer.h"
 
 namespace tq {
@@ -28,6 +29,9 @@ class ResumeStore {
   /// Result of a layer, or nothing if it was not finished. Throws kBadData when damaged.
   /// Transforms are not stored: `down` is set as the input of w_down where the file says so.
   std::optional<QuantizedLayer> load(int64_t layer, const Transform& down) const;
+  /// What learn.h found, bit for bit.
+  void save_learned(const LearnResult& learned) const;
+  std::optional<LearnResult> load_learned() const;
   void remove() const;
 
  private:
