@@ -19,7 +19,7 @@ class Objective {
   Objective(const LayerProblem& problem, const QuantizeOptions& options)
       : problem_(problem),
         tape_(kernels_for(best_isa()), options.threads),
-        weight_rounding_{options.bits_w, options.group, false, kWeightClip},
+        weight_rounding_{std::min(options.bits_w, 8), options.group, false, kWeightClip},
         input_rounding_{options.bits_a, options.group_a, options.full_range, 1.0f},
         rounds_input_(options.bits_a < 16) {}
 
@@ -57,7 +57,7 @@ class Objective {
         kWDown, x, rounded, same, [&](const Var& w) { return fold_left(w, out); },
         [&](const Var& y) { return matmul_nn(y, fixed_out); });
 
-    const Var loss = scale(total_, 1.0f / kNLinears);
+    const Var loss = scale(total_, 1.0f / static_cast<float>(kNLinears));
     const double value = loss.item();
     tape_.backward(loss);
     return value;

@@ -31,12 +31,12 @@ constexpr Preset kPresets[] = {
      .basis = Basis::kLearned,
      .rounding = RoundingKind::kGptqCorrected,
      .full_range = true,
-     .steps = 200},
+     .steps = kLearningSteps},
     {.name = "respinquant",  // Kim et al. 2026
      .basis = Basis::kLayerwise,
      .rounding = RoundingKind::kGptqCorrected,
      .full_range = true,
-     .steps = 200},
+     .steps = kLearningSteps},
     {.name = "twinquant",  // Wang et al. 2026
      .basis = Basis::kLearned,
      .rounding = RoundingKind::kGptqCorrected,
@@ -44,7 +44,7 @@ constexpr Preset kPresets[] = {
      .split = Split::kFit,
      .branch_bits = 4,
      .full_range = true,
-     .steps = 200,
+     .steps = kLearningSteps,
      .refine_steps = 24}};
 
 const char* basis_name(Basis basis) {

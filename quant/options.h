@@ -28,6 +28,9 @@ enum class RoundingKind { kStore, kNearest, kGptq, kGptqCorrected };
 /// the rest leaves over.
 enum class Split { kSvd, kFit };
 
+/// Steps of learning a basis, unless told otherwise.
+constexpr int64_t kLearningSteps = 200;
+
 struct QuantizeOptions {
   std::string method;  // preset that the parts below started from
   Basis basis = Basis::kNone;

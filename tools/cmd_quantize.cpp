@@ -5,12 +5,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string_view>
 
 #include "cpu/cpu_backend.h"
@@ -29,11 +31,11 @@ using Clock = std::chrono::steady_clock;
 
 // Options as typed; absent ones keep the method's default.
 struct QuantizeArguments {
-  std::string folder, output, method = "quarot", report, calib;
-  std::optional<std::string> rounding, basis;
-  std::optional<int64_t> rank;
-  std::optional<int> branch_bits, bits_w, bits_a, embed_bits, head_bits;
-  std::optional<int64_t> group, calib_samples, calib_length;
+  std::string folder, output, method = "twinquant", report, calib;
+  std::optional<std::string> rounding, basis, split, basis_rank, act_codes;
+  std::optional<int64_t> rank, steps, refine_steps;
+  std::optional<int> branch_bits, bits_w, bits_a, embed_bits, head_bits, kv_bits;
+  std::optional<int64_t> group, group_a, calib_samples, calib_length;
   std::vector<std::string> keep;
   uint64_t seed = 0;
   int threads = 0;
@@ -45,6 +47,64 @@ void override_with(T& target, const std::optional<U>& value) {
   if (value) target = *value;
 }
 
+template <typename T>
+struct Named {
+  const char* name;
+  T value;
+};
+constexpr Named<RoundingKind> kRoundings[] = {{"rtn", RoundingKind::kNearest},
+                                              {"gptq", RoundingKind::kGptq},
+                                              {"gptq-ls", RoundingKind::kGptqCorrected}};
+constexpr Named<Basis> kBases[] = {{"none", Basis::kNone},
+                                   {"hadamard", Basis::kHadamard},
+                                   {"learned", Basis::kLearned},
+                                   {"layerwise", Basis::kLayerwise}};
+
+template <typename T, size_t N>
+std::set<std::string> names_of(const Named<T> (&list)[N]) {
+  std::set<std::string> names;
+  for (const Named<T>& item : list) names.insert(item.name);
+  return names;
+}
+template <typename T, size_t N>
+T find_name(const Named<T> (&list)[N], const std::string& name) {
+  for (const Named<T>& item : list) {
+    if (name == item.name) return item.value;
+  }
+  throw Error(ErrorKind::kInternal, "unknown name", name, "it passed the check of the options");
+}
+
+// --steps, --refine-steps and --basis-rank, which only some bases and roundings have.
+void override_learning(QuantizeOptions& options, const QuantizeArguments& args,
+                       const Config& config) {
+  const auto refuse = [](const std::string& why, const std::string& hint) {
+    throw Error(ErrorKind::kUsage, "usage", "tq quantize", why, hint);
+  };
+  if (options.learns_basis() && options.steps == 0) options.steps = kLearningSteps;
+  if (args.steps && !options.learns_basis()) {
+    refuse("--steps without a learned basis", "give --basis learned or layerwise");
+  }
+  override_with(options.steps, args.steps);
+  override_with(options.refine_steps, args.refine_steps);
+  if (!args.basis_rank) {
+    options.basis_rank = std::min(options.basis_rank, config.dim);
+    return;
+  }
+  if (options.basis != Basis::kLayerwise) {
+    refuse("--basis-rank without a basis for every sublayer",
+           "give --method respinquant or --basis layerwise");
+  }
+  if (*args.basis_rank == "full") {
+    options.basis_rank = config.dim;
+    return;
+  }
+  const char* end = args.basis_rank->data() + args.basis_rank->size();
+  const auto [stop, error] = std::from_chars(args.basis_rank->data(), end, options.basis_rank);
+  if (error != std::errc() || stop != end || options.basis_rank < 0) {
+    refuse("--basis-rank " + *args.basis_rank + " is neither a rank nor full", "");
+  }
+}
+
 QuantizeOptions make_options(const QuantizeArguments& args, const Config& config) {
   QuantizeOptions options = method_preset(args.method);
   const auto contradiction = [&](const std::string& option) {
@@ -54,19 +114,19 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   if (args.method == "none" && (args.rounding || args.bits_w.value_or(16) < 16)) {
     contradiction(args.rounding ? "--rounding" : "--bits-w " + std::to_string(*args.bits_w));
   }
-  if (args.rounding) {
-    options.rounding = *args.rounding == "gptq" ? RoundingKind::kGptq : RoundingKind::kNearest;
-  }
-  if (args.basis) options.basis = *args.basis == "hadamard" ? Basis::kHadamard : Basis::kNone;
+  if (args.rounding) options.rounding = find_name(kRoundings, *args.rounding);
+  if (args.basis) options.basis = find_name(kBases, *args.basis);
   override_with(options.bits_w, args.bits_w);
   if (options.bits_w >= 16 && options.rounding != RoundingKind::kStore) {
     if (args.rounding) contradiction("--rounding with --bits-w " + std::to_string(options.bits_w));
     options.rounding = RoundingKind::kStore;
     options.bits_a = 16;
     if (!args.rank) options.rank = 0;
+    if (!args.refine_steps) options.refine_steps = 0;
   }
   override_with(options.bits_a, args.bits_a);
   override_with(options.rank, args.rank);
+  if (args.split) options.split = *args.split == "fit" ? Split::kFit : Split::kSvd;
   override_with(options.branch_bits, args.branch_bits);
   if (args.branch_bits && options.rank == 0) {
     throw Error(ErrorKind::kUsage, "usage", "tq quantize", "--branch-bits without a branch",
@@ -74,7 +134,11 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   }
   if (args.basis && args.method == "none" && options.basis != Basis::kNone)
     contradiction("--basis");
+  override_learning(options, args, config);
   override_with(options.group, args.group);
+  options.group_a = args.group_a.value_or(options.group);
+  override_with(options.kv_bits, args.kv_bits);
+  if (args.act_codes) options.full_range = *args.act_codes == "all";
   // The basis alone is to be tested then, so nothing else may be rounded.
   if (options.bits_w == 32) options.embed_bits = options.head_bits = 32;
   // A tied model stores one table: naming one of the two options decides both.
@@ -93,7 +157,7 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   if (!options.needs_calibration() &&
       (!args.calib.empty() || args.calib_samples || args.calib_length)) {
     throw Error(ErrorKind::kUsage, "usage", "tq quantize",
-                "calibration options have no effect without --rounding gptq");
+                "calibration options have no effect: this method needs no text");
   }
   return options;
 }
@@ -154,7 +218,8 @@ std::string megabytes(uint64_t bytes) {
   return text;
 }
 
-// One line a layer, or one redrawn line on a terminal.
+// One line a layer and one every tenth of a descent, or one redrawn line on a terminal. The time
+// left is that of the present stage.
 class Progress {
  public:
   explicit Progress(bool quiet) : quiet_(quiet), terminal_(isatty(STDERR_FILENO) == 1) {}
@@ -168,26 +233,50 @@ class Progress {
 
   void step(int64_t layer, int64_t n_layers, const char* name) {
     const bool done = *name == '\0';
-    if (quiet_ || (!terminal_ && !done)) return;
-    const double elapsed = std::chrono::duration<double>(Clock::now() - start_).count();
-    const int64_t n_done = layer + done;
-    const double left =
-        n_done > 0 ? elapsed / static_cast<double>(n_done) * static_cast<double>(n_layers - n_done)
-                   : 0;
-    char time_left[32] = "";
-    if (n_done > 0) std::snprintf(time_left, sizeof time_left, ", %.0f s left", left);
-    std::fprintf(stderr, "%stq: layer %lld/%lld %-11s %.0f s%s%s", terminal_ ? "\r\x1b[K" : "",
-                 static_cast<long long>(layer + 1), static_cast<long long>(n_layers),
-                 done ? "done" : name, elapsed, time_left, terminal_ ? "" : "\n");
-    line_open_ = terminal_;
+    if (std::string_view(name) == "sampling") {
+      enter("sampling");
+      if (terminal_ || layer == 0) draw("sampling", layer, n_layers, "");
+      return;
+    }
+    enter("layers");
+    char text[64];
+    std::snprintf(text, sizeof text, " %s", done ? "done" : name);
+    if (terminal_ || done) draw("layer", layer + done, n_layers, text);
+  }
+
+  void descent(const char* stage, int64_t step, int64_t n_steps, double loss) {
+    enter(stage);
+    char text[64];
+    std::snprintf(text, sizeof text, ", loss %.5f", loss);
+    const int64_t tenth = std::max<int64_t>(1, n_steps / 10);
+    if (terminal_ || step % tenth == 0 || step == n_steps) draw(stage, step, n_steps, text);
   }
 
  private:
+  void enter(const std::string& stage) {
+    if (stage == stage_) return;
+    stage_ = stage;
+    start_ = Clock::now();
+  }
+  void draw(const char* what, int64_t n_done, int64_t n, const char* text) {
+    if (quiet_) return;
+    const double elapsed = std::chrono::duration<double>(Clock::now() - start_).count();
+    char time_left[32] = "";
+    if (n_done > 0) {
+      const double left = elapsed / static_cast<double>(n_done) * static_cast<double>(n - n_done);
+      std::snprintf(time_left, sizeof time_left, ", %.0f s left", left);
+    }
+    std::fprintf(stderr, "%stq: %s %lld/%lld%s, %.0f s%s%s", terminal_ ? "\r\x1b[K" : "", what,
+                 static_cast<long long>(n_done), static_cast<long long>(n), text, elapsed,
+                 time_left, terminal_ ? "" : "\n");
+    line_open_ = terminal_;
+  }
   void clear() {
     if (line_open_) std::fprintf(stderr, "\r\x1b[K");
     line_open_ = false;
   }
   bool quiet_, terminal_, line_open_ = false;
+  std::string stage_;
   Clock::time_point start_ = Clock::now();
 };
 
@@ -242,6 +331,8 @@ void write_report(const std::string& path, const QuantizeResult& result, double 
   json["resumed_layers"] = result.n_resumed;
   json["seconds"] = seconds;
   json["peak_rss_bytes"] = peak_rss_bytes();
+  if (!result.basis_losses.empty()) json["basis_losses"] = result.basis_losses;
+  if (!result.refine_losses.empty()) json["refine_kl"] = result.refine_losses;
   json["linears"] = Json::array();
   for (const LinearReport& linear : result.linears) json["linears"].push_back(to_json(linear));
   write_text_file(path, json.dump(2) + "\n");
@@ -285,6 +376,9 @@ void quantize(const QuantizeArguments& args) {
     const QuantizeHooks hooks{
         [&](const std::string& sentence) { progress.note(sentence); },
         [&](int64_t layer, int64_t n, const char* name) { progress.step(layer, n, name); },
+        [&](const char* stage, int64_t step, int64_t n, double loss) {
+          progress.descent(stage, step, n, loss);
+        },
         interrupted, model.release};
     CpuBackend backend(options.threads);
     result = quantize_model(model, options, calibration ? &*calibration : nullptr, weights_hash,
@@ -297,18 +391,40 @@ void quantize(const QuantizeArguments& args) {
 
 void add_method_options(CLI::App& command, QuantizeArguments& args) {
   command.add_option("--method", args.method, "preset: " + method_names())->capture_default_str();
-  command.add_option("--basis", args.basis, "none or hadamard")
-      ->check(CLI::IsMember({"none", "hadamard"}))
-      ->default_str("the method's");
-  command.add_option("--rounding", args.rounding, "rtn or gptq")
-      ->check(CLI::IsMember({"rtn", "gptq"}))
-      ->default_str("the method's");
+  const std::string of_method = "the method's";
+  command
+      .add_option("--basis", args.basis,
+                  "none, hadamard, learned (one), or layerwise (one for every sublayer)")
+      ->check(CLI::IsMember(names_of(kBases)))
+      ->default_str(of_method);
+  command
+      .add_option("--basis-rank", args.basis_rank,
+                  "rank of the rotations between layerwise bases, or full")
+      ->default_str("32");
+  command.add_option("--steps", args.steps, "of learning the basis")
+      ->check(number_in(1, 1 << 20))
+      ->default_str(std::to_string(kLearningSteps));
+  command
+      .add_option("--rounding", args.rounding,
+                  "rtn, gptq, or gptq-ls (weights corrected for the rounding of their inputs)")
+      ->check(CLI::IsMember(names_of(kRoundings)))
+      ->default_str(of_method);
   command.add_option("--rank", args.rank, "rank of the low-rank branch, 0 = none")
       ->check(number_in(0, 4096))
-      ->default_str("svdquant: 32, else 0");
+      ->default_str("twinquant, svdquant: 32, else 0");
+  command
+      .add_option("--split", args.split,
+                  "where the branch comes from: svd of the weight, or fit to the rounding's error")
+      ->check(CLI::IsMember({"svd", "fit"}))
+      ->default_str("twinquant: fit, else svd");
   command.add_option("--branch-bits", args.branch_bits, "bits of the branch's factors")
       ->check(CLI::IsMember({16, 8, 4}))
-      ->default_str("16");
+      ->default_str("twinquant: 4, else 16");
+  command
+      .add_option("--refine-steps", args.refine_steps,
+                  "of refining all scales against the original's predictions, 0 = none")
+      ->check(number_in(0, 1 << 20))
+      ->default_str(of_method);
   command
       .add_option("--bits-w", args.bits_w,
                   "bits of the weights; 3 is stored as 4; 16, 32: unrounded")
@@ -320,6 +436,17 @@ void add_method_options(CLI::App& command, QuantizeArguments& args) {
   command.add_option("--group", args.group, "columns that share a scale")
       ->check(CLI::IsMember({128, 64, 32}))
       ->default_str("64");
+  command.add_option("--group-a", args.group_a, "columns of a linear's input that share a scale")
+      ->check(CLI::IsMember({128, 64, 32}))
+      ->default_str("that of --group");
+  command
+      .add_option("--act-codes", args.act_codes,
+                  "codes of rounded inputs: symmetric (-7..7 at 4 bits), or all (-8..7)")
+      ->check(CLI::IsMember({"symmetric", "all"}))
+      ->default_str("learned methods: all, else symmetric");
+  command.add_option("--kv-bits", args.kv_bits, "bits of the KV cache that run and eval default to")
+      ->check(CLI::IsMember({16, 8, 4}))
+      ->default_str("16");
   command.add_option("--embed-bits", args.embed_bits, "bits of the embedding")
       ->check(CLI::IsMember({16, 8, 4}))
       ->default_str("16");
