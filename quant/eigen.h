@@ -1,4 +1,4 @@
-// eigen - the only include of Eigen in quant/.
+// eigen - the include of Eigen in quant/; only gl.cpp adds another of its headers, exp(matrix).
 //
 // Eigen's own threads are off: its GEMM picks block sizes by the number of threads, which would
 // change the order of sums. We parallelise over matrices and blocks of columns instead.
