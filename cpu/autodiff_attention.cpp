@@ -95,7 +95,9 @@ struct Attention {
 struct AttentionScratch {
   AlignedBuffer gemm, scores, slopes;
   explicit AttentionScratch(const Attention& a)
-      : gemm(static_cast<size_t>(kGemmScratch) * sizeof(float)),
+      : gemm(static_cast<size_t>(std::max(
+                 {gemm_scratch(a.length, a.head_dim), gemm_scratch(a.head_dim, a.length)})) *
+             sizeof(float)),
         scores(static_cast<size_t>(kQueryBlock * a.length) * sizeof(float)),
         slopes(scores.size()) {}
 };
