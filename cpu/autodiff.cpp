@@ -97,13 +97,14 @@ void Tape::backward(const Var& loss) {
 void Tape::backward(const Var& output, Tensor gradient) {
   TQ_CHECK(&output.tape() == this && output.shape() == gradient.shape());
   if (output.needs_gradient()) run_backward(output.node(), std::move(gradient));
+  n_forgotten_ += static_cast<int32_t>(nodes_.size());
   nodes_.clear();
 }
 
 void Tape::run_backward(int32_t output, Tensor gradient) {
   Gradients out(*this);
   out.add(output, std::move(gradient));
-  for (int32_t index = output; index >= 0; --index) {
+  for (int32_t index = output; index >= n_forgotten_; --index) {
     Node& node = TapeAccess::node(*this, index);
     // Taken out of the node: what the step captured is free as soon as it has run.
     const BackwardStep step = std::exchange(node.step, nullptr);
@@ -142,7 +143,7 @@ float* Gradients::sum(int32_t index) {
 
 Var TapeAccess::add_node(Tape& tape, Tensor value, bool needs_gradient, BackwardStep step) {
   if (!needs_gradient || !tape.recording_) return Var(tape, std::move(value), kNoNode);
-  const int32_t index = static_cast<int32_t>(tape.nodes_.size());
+  const int32_t index = tape.n_forgotten_ + static_cast<int32_t>(tape.nodes_.size());
   tape.nodes_.push_back({value.shape(), std::move(step), nullptr, {}});
   return Var(tape, std::move(value), index);
 }

@@ -320,6 +320,18 @@ TEST(Tape, DetachedValuesAndConstantsGetNoGradient) {
   EXPECT_EQ(gradient, x);
 }
 
+TEST(Tape, MayBeFilledAgainButNotWithVarsFromBefore) {
+  const Floats x = {2, 3};
+  Floats gradient(2);
+  Tape tape(kernels_for(best_isa()), 1);
+  Var v = tape.parameter({1, 1, 2}, x.data(), gradient.data());
+  tape.backward(sum_squares(v));
+  EXPECT_THROW(tape.backward(sum_squares(v)), Error);
+  v = tape.parameter({1, 1, 2}, x.data(), gradient.data());
+  tape.backward(sum_squares(v));
+  EXPECT_EQ(gradient, (Floats{8, 12}));
+}
+
 TEST(Tape, MemoryIsFreedWithTheLastUser) {
   const Floats x = random_floats(1000, 1);
   Floats gradient(1000);
