@@ -376,6 +376,20 @@ struct Stack {
   }
 };
 
+TEST(Checkpoint, FindsParametersMadeInsideAlsoOfANestedOne) {
+  const Floats x = {2, 3}, w = {1, 4};
+  Floats gradient(2);
+  Tape tape(kernels_for(best_isa()), 1);
+  const CheckpointBody inner = [&](Tape& t, const std::vector<Var>& in) {
+    return mul(in[0], t.parameter({1, 1, 2}, w.data(), gradient.data()));
+  };
+  const CheckpointBody outer = [&](Tape& t, const std::vector<Var>& in) {
+    return checkpoint(t, inner, in);
+  };
+  tape.backward(sum_squares(checkpoint(tape, outer, {tape.constant({1, 1, 2}, x.data())})));
+  EXPECT_EQ(gradient, (Floats{8, 72}));  // 2 x^2 w
+}
+
 TEST(Checkpoint, SameGradientsFromLessMemory) {
   const Stack plain(false), saving(true);
   EXPECT_TRUE(same_numbers(plain.x_gradient, saving.x_gradient));
