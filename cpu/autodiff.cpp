@@ -1,4 +1,9 @@
 // autodiff - memory, leaves, the backward pass and checkpoints. See autodiff.h.
+//
+// Measured  one layer of SmolLM2-135M in a learned basis, weights and inputs rounded to 4 bits,
+// 2048
+//           tokens, one Zen 4 core: forward 0.31 s, backward 0.50 s of CPU time, four fifths of it
+//           in gemm.h (63 and 82 GFLOP/s over all, of 116); 150 MB
 #include "cpu/autodiff.h"
 
 #include <cstdlib>
