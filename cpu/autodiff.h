@@ -98,8 +98,8 @@ class Tape {
   /// backward() adds d loss / d data to `gradient`, of the same shape.
   Var parameter(Shape shape, const float* data, float* gradient);
 
-  /// Adds the gradient of a [1, 1, 1] to every parameter it depends on, and empties the tape:
-  /// once a tape filled, in the caller's order of parameters and sums.
+  /// Adds the gradient of a [1, 1, 1] to every parameter it depends on, and empties the tape: it
+  /// may be filled again, but not with operations on Vars from before.
   void backward(const Var& loss);
   /// Same for any shape, from d loss / d output.
   void backward(const Var& output, Tensor gradient);
@@ -123,6 +123,7 @@ class Tape {
   bool has_parameters_ = false;  // parameter() was called
   std::shared_ptr<TapeMemory> memory_;
   std::vector<Node> nodes_;
+  int32_t n_forgotten_ = 0;  // nodes of earlier fillings; the first of nodes_ has this index
 };
 
 /// fn(tape, inputs) -> output, of which only inputs and output stay until backward(), where fn runs

@@ -95,7 +95,9 @@ struct Attention {
 struct AttentionScratch {
   AlignedBuffer gemm, scores, slopes;
   explicit AttentionScratch(const Attention& a)
-      : gemm(static_cast<size_t>(kGemmScratch) * sizeof(float)),
+      : gemm(static_cast<size_t>(std::max(
+                 {gemm_scratch(a.length, a.head_dim), gemm_scratch(a.head_dim, a.length)})) *
+             sizeof(float)),
         scores(static_cast<size_t>(kQueryBlock * a.length) * sizeof(float)),
         slopes(scores.size()) {}
 };
@@ -145,8 +147,7 @@ void forward_head(const Kernels& kernels, const Attention& a, const float* q, co
 }
 
 struct HeadGradients {
-  float *dq, *dk, *dv;  // null where not wanted
-  bool add_to_dq;
+  float *dq, *dk, *dv;  // added to; null where not wanted
 };
 
 void backward_head(const Kernels& kernels, const Attention& a, const float* q, const float* k,
@@ -177,7 +178,7 @@ void backward_head(const Kernels& kernels, const Attention& a, const float* q, c
     }
     if (to.dq) {
       multiply(kernels, {ds, a.length}, {k, a.kv_cols()}, to.dq + at, a.q_cols(), count, a.head_dim,
-               n_keys, to.add_to_dq, scratch);
+               n_keys, true, scratch);
     }
     if (to.dk) {
       multiply(kernels, {ds, a.length, true}, {q + at, a.q_cols()}, to.dk, a.kv_cols(), n_keys,
@@ -221,23 +222,22 @@ Var causal_attention(const Var& q, const Var& k, const Var& v, const AttentionSh
   const int32_t q_node = q.node(), k_node = k.node(), v_node = v.node();
   const Tensor kept_q = q.value(), kept_k = k.value(), kept_v = v.value();
   return new_var(std::move(value), {&q, &k, &v}, [=](Tensor gradient, Gradients& out) {
-    const GradientTarget dq =
-        q_node == kNoNode ? GradientTarget{nullptr, false} : out.target(q_node);
+    float* dq = q_node == kNoNode ? nullptr : out.sum(q_node);
     float* dk = k_node == kNoNode ? nullptr : out.sum(k_node);
     float* dv = v_node == kNoNode ? nullptr : out.sum(v_node);
-    for_items(out.tape(), a, a.n_texts * a.n_kv_heads,
-              [&](int64_t item, AttentionScratch& scratch) {
-                const int64_t text = item / a.n_kv_heads, kv_head = item % a.n_kv_heads;
-                const int64_t kv_at = a.kv_offset(text, kv_head);
-                for (int64_t i = 0; i < a.group_size(); ++i) {
-                  const int64_t at = a.q_offset(text, kv_head * a.group_size() + i);
-                  backward_head(out.tape().kernels(), a, kept_q.data() + at, kept_k.data() + kv_at,
-                                kept_v.data() + kv_at, gradient.data() + at,
-                                {dq.data ? dq.data + at : nullptr, dk ? dk + kv_at : nullptr,
-                                 dv ? dv + kv_at : nullptr, dq.accumulate},
-                                scratch);
-                }
-              });
+    for_items(
+        out.tape(), a, a.n_texts * a.n_kv_heads, [&](int64_t item, AttentionScratch& scratch) {
+          const int64_t text = item / a.n_kv_heads, kv_head = item % a.n_kv_heads;
+          const int64_t kv_at = a.kv_offset(text, kv_head);
+          for (int64_t i = 0; i < a.group_size(); ++i) {
+            const int64_t at = a.q_offset(text, kv_head * a.group_size() + i);
+            backward_head(
+                out.tape().kernels(), a, kept_q.data() + at, kept_k.data() + kv_at,
+                kept_v.data() + kv_at, gradient.data() + at,
+                {dq ? dq + at : nullptr, dk ? dk + kv_at : nullptr, dv ? dv + kv_at : nullptr},
+                scratch);
+          }
+        });
   });
 }
 

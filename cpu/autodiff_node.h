@@ -53,7 +53,8 @@ class TapeAccess {
   static const std::shared_ptr<TapeMemory>& memory(const Tape& tape) { return tape.memory_; }
   static Var add_node(Tape& tape, Tensor value, bool needs_gradient, BackwardStep step);
   static Tape::Node& node(Tape& tape, int32_t index) {
-    return tape.nodes_[static_cast<size_t>(index)];
+    TQ_CHECK(index >= tape.n_forgotten_, "a Var from before the last backward()");
+    return tape.nodes_[static_cast<size_t>(index - tape.n_forgotten_)];
   }
   static Var run_checkpoint(Tape& tape, const CheckpointBody& fn, const std::vector<Var>& inputs);
   static void rerun(Tape& tape, const CheckpointBody& fn, const std::vector<Var>& inputs,

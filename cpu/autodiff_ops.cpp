@@ -155,17 +155,28 @@ void add_row_sums(int32_t node, const Shape& row, const Shape& full, Gradients& 
   });
 }
 
-// Element of the row vector that belongs to element i of x.
+// Where the row vectors of x lie.
 struct RowOf {
-  int64_t cols, matrix;
-  bool repeats;
+  int64_t cols, n_rows, rows_each;  // n_rows of x in all, rows_each with the same vector
   RowOf(const Shape& row, const Shape& x)
-      : cols(x.cols), matrix(x.matrix()), repeats(row.batch == 1) {
-    TQ_CHECK(row.rows == 1 && row.cols == x.cols && (row.batch == x.batch || repeats),
+      : cols(x.cols),
+        n_rows(x.batch * x.rows),
+        rows_each(row.batch == 1 ? x.batch * x.rows : x.rows) {
+    TQ_CHECK(row.rows == 1 && row.cols == x.cols && (row.batch == x.batch || row.batch == 1),
              "shapes do not fit");
   }
-  int64_t offset(int64_t i) const { return (repeats ? 0 : i / matrix * cols) + i % cols; }
 };
+
+// fn(i, j) for every element i of x and its element j of the row vectors.
+template <typename Function>
+void for_rows(const Tape& tape, const RowOf& at, const Function& fn) {
+  parallel_ranges(tape, at.n_rows, at.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / at.rows_each * at.cols;
+      for (int64_t j = 0; j < at.cols; ++j) fn(i * at.cols + j, row + j);
+    }
+  });
+}
 
 }  // namespace
 
@@ -174,8 +185,8 @@ Var add_row(const Var& x, const Var& row) {
   const RowOf at(row_shape, shape);
   Tensor value = new_tensor(x.tape(), shape);
   float* to = value.own();
-  for_elements(x.tape(), shape.size(),
-               [&](int64_t i) { to[i] = x.data()[i] + row.data()[at.offset(i)]; });
+  const float *from = x.data(), *vector = row.data();
+  for_rows(x.tape(), at, [&](int64_t i, int64_t j) { to[i] = from[i] + vector[j]; });
   const int32_t x_node = x.node(), row_node = row.node();
   return new_var(std::move(value), {&x, &row}, [=](Tensor gradient, Gradients& out) {
     const float* g = gradient.data();
@@ -191,8 +202,8 @@ Var mul_row(const Var& x, const Var& row) {
   const RowOf at(row_shape, shape);
   Tensor value = new_tensor(x.tape(), shape);
   float* to = value.own();
-  for_elements(x.tape(), shape.size(),
-               [&](int64_t i) { to[i] = x.data()[i] * row.data()[at.offset(i)]; });
+  const float *from = x.data(), *vector = row.data();
+  for_rows(x.tape(), at, [&](int64_t i, int64_t j) { to[i] = from[i] * vector[j]; });
   const int32_t x_node = x.node(), row_node = row.node();
   const Tensor kept_x = row.needs_gradient() ? x.value() : Tensor();
   const Tensor kept_row = x.needs_gradient() ? row.value() : Tensor();
@@ -205,7 +216,8 @@ Var mul_row(const Var& x, const Var& row) {
     if (x_node == kNoNode) return;
     Tensor dx = own_tensor(out.tape(), std::move(gradient));
     float* to = dx.own();
-    for_elements(out.tape(), dx.size(), [&](int64_t i) { to[i] *= kept_row.data()[at.offset(i)]; });
+    const float* vector = kept_row.data();
+    for_rows(out.tape(), at, [&](int64_t i, int64_t j) { to[i] *= vector[j]; });
     out.add(x_node, std::move(dx));
   });
 }

@@ -84,14 +84,15 @@ void run_gemms(const Kernels& kernels, int n_threads, std::span<const GemmJob> j
   if (macs < kMacsForThreads) n_threads = 1;
   const int64_t min_items = n_threads > 1 ? 4 * n_threads : 1;
   std::vector<Cut> cuts;
-  int64_t n_items = 0;
+  int64_t n_items = 0, n_scratch = 0;
   for (const GemmJob& job : jobs) {
+    n_scratch = std::max(n_scratch, gemm_scratch(job.cols, job.depth));
     cuts.emplace_back(job, divide_up(min_items, static_cast<int64_t>(jobs.size())));
     n_items += cuts.back().n_items();
   }
 #pragma omp parallel num_threads(n_threads)
   {
-    AlignedBuffer scratch(static_cast<size_t>(kGemmScratch) * sizeof(float));
+    AlignedBuffer scratch(static_cast<size_t>(n_scratch) * sizeof(float));
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < n_items; ++item) {
       size_t which = 0;

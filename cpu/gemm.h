@@ -19,8 +19,12 @@ constexpr int64_t kGemmDepth = 256;
 /// Columns of c that the fast kernel works on with one packed b: 512 * 256 floats = 512 KB, half of
 /// a second-level cache.
 constexpr int64_t kGemmCols = 512;
-/// Floats of scratch of one job: packed b, and a panel of 8 rows of a.
-constexpr int64_t kGemmScratch = kGemmDepth * (kGemmCols + 8);
+/// Floats of scratch of a job: a panel of 8 rows of a, and packed b.
+constexpr int64_t gemm_scratch(int64_t cols, int64_t depth) {
+  const int64_t width = (cols + 15) / 16 * 16;
+  return kGemmDepth * 8 +
+         (depth < kGemmDepth ? depth : kGemmDepth) * (width < kGemmCols ? width : kGemmCols);
+}
 
 /// One rectangle of c for one thread. One stride of a and one of b are 1, or the kernel is slow.
 struct GemmJob {
@@ -32,7 +36,7 @@ struct GemmJob {
   int64_t c_row;
   int64_t rows, cols, depth;
   bool accumulate;  // c += instead of c =
-  float* scratch;   // [kGemmScratch], aligned to 64 bytes
+  float* scratch;   // [gemm_scratch(cols, depth)], aligned to 64 bytes
 };
 
 struct Kernels;

@@ -160,8 +160,8 @@ void gemm_rows(const float* a, const float* b, int64_t width, int64_t depth, boo
 
 // One block of depth, up to kGemmCols columns.
 void gemm_block(const GemmJob& job, int64_t col, int64_t n_cols, int64_t k, int64_t depth) {
-  float* packed_b = job.scratch;
-  float* packed_a = job.scratch + kGemmDepth * kGemmCols;
+  float* packed_a = job.scratch;
+  float* packed_b = job.scratch + kGemmDepth * kPackedRows;
   const auto panel_width = [&](int64_t j) {
     const int64_t left = (n_cols - j + kLanes - 1) / kLanes * kLanes;
     return left < kGemmPanel ? left : kGemmPanel;

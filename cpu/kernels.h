@@ -1,11 +1,10 @@
 // kernels - the table of CPU kernels, one table per instruction set, and the jobs they are given.
 //
 // A job is a rectangle of work for one thread: plain pointers and sizes, no ownership. Dividing the
-// work among threads is cpu_backend.cpp; the arithmetic is in matmul*, packed_matmul*, attention*,
-// ops and hadamard. All tables give the same bits: wherever a sum needs an order, the order is
-// defined on 16 lanes (element k belongs to lane k % 16), which two AVX2 registers, one AVX-512
-// register and an array of 16 floats can all follow.
-// Read next: ops.h (the plain versions).
+// work among threads is cpu_backend.cpp; the arithmetic is in matmul*, gemm*, packed_matmul*,
+// attention*, ops and hadamard. All tables give the same bits: wherever a sum needs an order, the
+// order is defined on 16 lanes (element k belongs to lane k % 16), which two AVX2 registers, one
+// AVX-512 register and an array of 16 floats can all follow. Read next: ops.h (the plain versions).
 #pragma once
 
 #include <cstddef>

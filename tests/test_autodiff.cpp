@@ -320,6 +320,18 @@ TEST(Tape, DetachedValuesAndConstantsGetNoGradient) {
   EXPECT_EQ(gradient, x);
 }
 
+TEST(Tape, MayBeFilledAgainButNotWithVarsFromBefore) {
+  const Floats x = {2, 3};
+  Floats gradient(2);
+  Tape tape(kernels_for(best_isa()), 1);
+  Var v = tape.parameter({1, 1, 2}, x.data(), gradient.data());
+  tape.backward(sum_squares(v));
+  EXPECT_THROW(tape.backward(sum_squares(v)), Error);
+  v = tape.parameter({1, 1, 2}, x.data(), gradient.data());
+  tape.backward(sum_squares(v));
+  EXPECT_EQ(gradient, (Floats{8, 12}));
+}
+
 TEST(Tape, MemoryIsFreedWithTheLastUser) {
   const Floats x = random_floats(1000, 1);
   Floats gradient(1000);
@@ -363,6 +375,20 @@ struct Stack {
     peak = tape.peak_bytes();
   }
 };
+
+TEST(Checkpoint, FindsParametersMadeInsideAlsoOfANestedOne) {
+  const Floats x = {2, 3}, w = {1, 4};
+  Floats gradient(2);
+  Tape tape(kernels_for(best_isa()), 1);
+  const CheckpointBody inner = [&](Tape& t, const std::vector<Var>& in) {
+    return mul(in[0], t.parameter({1, 1, 2}, w.data(), gradient.data()));
+  };
+  const CheckpointBody outer = [&](Tape& t, const std::vector<Var>& in) {
+    return checkpoint(t, inner, in);
+  };
+  tape.backward(sum_squares(checkpoint(tape, outer, {tape.constant({1, 1, 2}, x.data())})));
+  EXPECT_EQ(gradient, (Floats{8, 72}));  // 2 x^2 w
+}
 
 TEST(Checkpoint, SameGradientsFromLessMemory) {
   const Stack plain(false), saving(true);

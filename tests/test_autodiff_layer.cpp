@@ -245,12 +245,14 @@ TEST(Layer, CheckpointsLowerThePeakAndKeepTheGradients) {
   EXPECT_LT(saving.peak_bytes, plain.peak_bytes * 2 / 3);
 }
 
-TEST(Layer, OneOfAnEightBillionModelFitsIn24Gigabytes) {
+TEST(Layer, OneOfAnEightBillionModelNeedsLessThanFourGigabytes) {
   // dim 4096, hidden 14336, 32 heads on 8 key heads, 4 texts of 512 tokens, every size but the
   // number of heads divided by 32: each tensor is then 1024 times smaller, Q (dim^2), weights and
-  // activations (rows * dim) alike.
+  // activations (rows * dim) alike. 218 M weights are there twice, rotated and rounded: 1.75 GB;
+  // three tensors of rows * hidden_dim, their gradients and eight of rows * dim: 1 GB. The caller's
+  // weights (0.9 GB) and the scores of attention (64 queries a thread) are not counted.
   const Sizes s = {128, 448, 32, 8, 4, 0, 4, 16};
-  EXPECT_LT(static_cast<double>(run_two_layers(s, true).peak_bytes) * 1024, 16e9);
+  EXPECT_LT(static_cast<double>(run_two_layers(s, true).peak_bytes) * 1024, 3.5e9);
 }
 
 }  // namespace
