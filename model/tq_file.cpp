@@ -122,6 +122,7 @@ void TqWriter::finish(const ModelTexts& texts, const Json& quantization) {
   if (!residual_basis_.is_null()) header["residual_basis"] = residual_basis_;
   header["linears"] = std::move(linears_);
   if (!skips_.is_null()) header["skips"] = std::move(skips_);
+  if (kv_bits_ != 16) header["kv"] = {{"bits", kv_bits_}};
   header["tensors"] = std::move(tensors_);
   pad_to_alignment();
   const std::string text = header.dump();

@@ -102,6 +102,7 @@ Json describe_options(const QuantizeOptions& options) {
   if (options.rank > 0) json["branch_bits"] = options.branch_bits;
   json["embed_bits"] = options.embed_bits;
   json["head_bits"] = options.head_bits;
+  json["kv_bits"] = options.kv_bits;
   json["keep"] = options.keep;
   json["seed"] = options.seed;
   if (options.needs_calibration()) {

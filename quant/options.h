@@ -32,6 +32,7 @@ struct QuantizeOptions {
   int64_t group = 64;  // columns per scale, weights and activations: 32, 64 or 128
   // 4, 8, 16, or 32 (an f32 source stays f32). Equal for tied embeddings: the file holds one table.
   int embed_bits = 16, head_bits = 16;
+  int kv_bits = 16;  // of the KV cache, unless who runs the model asks for others: 16, 8 or 4
   std::vector<std::string> keep;  // regular expressions of linears to keep at 16 bits
   uint64_t seed = 0;
   int64_t calib_samples = 64, calib_length = 512;

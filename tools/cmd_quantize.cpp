@@ -32,7 +32,7 @@ struct QuantizeArguments {
   std::string folder, output, method = "quarot", report, calib;
   std::optional<std::string> rounding, basis;
   std::optional<int64_t> rank;
-  std::optional<int> branch_bits, bits_w, bits_a, embed_bits, head_bits;
+  std::optional<int> branch_bits, bits_w, bits_a, embed_bits, head_bits, kv_bits;
   std::optional<int64_t> group, calib_samples, calib_length;
   std::vector<std::string> keep;
   uint64_t seed = 0;
@@ -82,6 +82,7 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   if (config.tied && args.head_bits && !args.embed_bits) options.embed_bits = *args.head_bits;
   override_with(options.embed_bits, args.embed_bits);
   override_with(options.head_bits, args.head_bits);
+  override_with(options.kv_bits, args.kv_bits);
   override_with(options.calib_samples, args.calib_samples);
   options.calib_length = std::min(options.calib_length, config.max_seq_len);
   override_with(options.calib_length, args.calib_length);
@@ -326,6 +327,11 @@ void add_method_options(CLI::App& command, QuantizeArguments& args) {
   command
       .add_option("--head-bits", args.head_bits,
                   "bits of the head; with tied embeddings the same table")
+      ->check(CLI::IsMember({16, 8, 4}))
+      ->default_str("16");
+  command
+      .add_option("--kv-bits", args.kv_bits,
+                  "bits per cached key or value that the file asks for when it runs")
       ->check(CLI::IsMember({16, 8, 4}))
       ->default_str("16");
   command.add_option("--keep", args.keep,
