@@ -2,6 +2,7 @@
 // instruction set, cache widths and sizes.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "cpu/attention.h"
@@ -220,7 +221,10 @@ TEST(Attention, ARewrittenPositionForgetsItsOldCodes) {
   // A timeline that is cut back and continued: nibbles share bytes.
   const Config config = make_config(2, 1, 16);
   const int64_t rows = 80;
-  const Inputs in(config, rows), other(make_config(4, 2, 16), rows);
+  const Inputs in(config, rows);
+  Inputs other = in;
+  std::reverse(other.k.begin(), other.k.end());
+  std::reverse(other.v.begin(), other.v.end());
   for (int bits : {8, 4}) {
     CpuBackend backend(1);
     const auto cache = backend.make_kv_cache(config, rows, bits);
