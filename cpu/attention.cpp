@@ -1,4 +1,4 @@
-// attention - the plain span kernel, the cache, and the division of work. See attention.h.
+// attention - the plain span kernel and the division of work. See attention.h.
 //
 // span - out = sum_j exp(q.k_j - max) v_j over the keys j of one span, with max and sum
 // Shapes    q [n, head_dim], keys [block, head_dim, 64], values [block, 64, padded_dim]
@@ -11,13 +11,10 @@
 #include "cpu/attention.h"
 
 #include <omp.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <new>
 
 #include "cpu/ops.h"
 #include "model/error.h"
@@ -33,95 +30,7 @@ int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
-float load(bool half, const std::byte* data, int64_t index) {
-  if (half) {
-    uint16_t bits;
-    std::memcpy(&bits, data + 2 * index, 2);
-    return f16_to_f32(bits);
-  }
-  float value;
-  std::memcpy(&value, data + 4 * index, 4);
-  return value;
-}
-
-void check_kv_bits(int kv_bits) {
-  if (kv_bits == 32 || kv_bits == 16) return;
-  throw Error(ErrorKind::kUsage, "KV cache width not supported", "--kv-bits",
-              std::to_string(kv_bits) + " on the CPU", "use 32 or 16");
-}
-
 }  // namespace
-
-int64_t CpuKvCache::n_bytes(const Config& config, int64_t ctx, int kv_bits) {
-  check_kv_bits(kv_bits);
-  // In double first: a hostile config must not overflow the product.
-  const double bytes = static_cast<double>(config.n_layers) *
-                       static_cast<double>(config.n_kv_heads) *
-                       (static_cast<double>(ctx) + kKeyBlock) *
-                       (2.0 * static_cast<double>(config.head_dim) + kLanes) * (kv_bits / 8);
-  if (!(bytes < 1e17)) return std::numeric_limits<int64_t>::max();
-  return config.n_layers * config.n_kv_heads * round_up(ctx, kKeyBlock) *
-         (config.head_dim + round_up(config.head_dim, kLanes)) * (kv_bits / 8);
-}
-
-CpuKvCache::CpuKvCache(const Config& config, int64_t ctx, int kv_bits)
-    : ctx_(ctx),
-      n_blocks_((ctx + kKeyBlock - 1) / kKeyBlock),
-      n_kv_heads_(config.n_kv_heads),
-      head_dim_(config.head_dim),
-      padded_dim_(round_up(config.head_dim, kLanes)),
-      half_(kv_bits == 16) {
-  const int64_t bytes = n_bytes(config, ctx, kv_bits);
-  // Linux promises memory that it does not have; the machine's size is the limit that counts.
-  const int64_t machine = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
-  bool fits = bytes <= machine;
-  if (fits) {
-    try {
-      memory_ = AlignedBuffer(static_cast<size_t>(bytes));
-    } catch (const std::bad_alloc&) {
-      fits = false;
-    }
-  }
-  if (!fits) {
-    throw Error(
-        ErrorKind::kResource, "not enough memory for the KV cache",
-        "context of " + std::to_string(ctx) + " tokens",
-        "needs " + std::to_string(bytes) + " bytes, the machine has " + std::to_string(machine),
-        "use a smaller --ctx or --kv-bits 16");
-  }
-}
-
-std::byte* CpuKvCache::keys(int64_t layer, int64_t kv_head) {
-  const int64_t head_elements = n_blocks_ * kKeyBlock * (head_dim_ + padded_dim_);
-  return memory_.as<std::byte>() +
-         (layer * n_kv_heads_ + kv_head) * head_elements * (half_ ? 2 : 4);
-}
-
-std::byte* CpuKvCache::values(int64_t layer, int64_t kv_head) {
-  return keys(layer, kv_head) + n_blocks_ * kKeyBlock * head_dim_ * (half_ ? 2 : 4);
-}
-
-void CpuKvCache::store(const Kernels& kernels, int64_t layer, int64_t kv_head, int64_t pos,
-                       const float* k, const float* v) {
-  const int64_t key = pos / kKeyBlock * kKeyBlock * head_dim_ + pos % kKeyBlock;
-  const int64_t value = pos * padded_dim_;
-  if (half_) {
-    uint16_t* keys_at = reinterpret_cast<uint16_t*>(keys(layer, kv_head)) + key;
-    uint16_t* values_at = reinterpret_cast<uint16_t*>(values(layer, kv_head)) + value;
-    uint16_t narrow[kKeyBlock];
-    for (int64_t i = 0; i < head_dim_; i += kKeyBlock) {
-      const int64_t count = std::min(kKeyBlock, head_dim_ - i);
-      kernels.store_half(k + i, narrow, count);
-      for (int64_t j = 0; j < count; ++j) keys_at[(i + j) * kKeyBlock] = narrow[j];
-    }
-    kernels.store_half(v, values_at, head_dim_);
-    return;
-  }
-  float* keys_at = reinterpret_cast<float*>(keys(layer, kv_head)) + key;
-  for (int64_t i = 0; i < head_dim_; ++i) keys_at[i * kKeyBlock] = k[i];
-  std::memcpy(reinterpret_cast<float*>(values(layer, kv_head)) + value, v,
-              static_cast<size_t>(head_dim_) * 4);
-}
 
 int64_t span_scratch_floats(int64_t head_dim, int64_t padded_dim, int64_t n_queries) {
   // A block of keys and one of values as f32, scores of the queries, 16 partial sums of each.
@@ -145,8 +54,7 @@ void plain_span(const SpanJob& job) {
       for (int64_t j = 0; j < kKeyBlock; ++j) {
         p[j] = 0;
         for (int64_t i = 0; i < job.head_dim; ++i) {
-          const int64_t at = (block * job.head_dim) + i * kKeyBlock + j;
-          p[j] = std::fma(q[i], load(job.half, job.keys, at), p[j]);
+          p[j] = std::fma(q[i], cached_key(job, block + j, i), p[j]);
         }
         if (block + j > pos) p[j] = minus_infinity;
         block_max = std::max(block_max, p[j]);
@@ -163,8 +71,7 @@ void plain_span(const SpanJob& job) {
       for (int64_t i = 0; i < job.padded_dim; ++i) {
         out[i] *= shrink;
         for (int64_t key = block; key < std::min(block + kKeyBlock, end); ++key) {
-          out[i] = std::fma(p[key - block], load(job.half, job.values, key * job.padded_dim + i),
-                            out[i]);
+          out[i] = std::fma(p[key - block], cached_value(job, key, i), out[i]);
         }
       }
     }
@@ -294,9 +201,7 @@ class Attention {
     job.padded_dim = cache_.padded_dim();
     job.span_begin = span * kSpan;
     job.span_end = job.span_begin + kSpan;
-    job.keys = cache_.keys(call_.layer, kv_head(tile));
-    job.values = cache_.values(call_.layer, kv_head(tile));
-    job.half = cache_.half();
+    cache_.show(call_.layer, kv_head(tile), job);
     job.scratch = scratch;
     job.max = part.max + first;
     job.sum = part.sum + first;

@@ -77,7 +77,8 @@ struct SpanJob {
   int64_t span_begin, span_end;  // keys; span_begin is a multiple of kSpan
   const std::byte* keys;         // of this head: [block, head_dim, kKeyBlock]
   const std::byte* values;       // [block, kKeyBlock, padded_dim]
-  bool half;                     // cache in f16 instead of f32
+  const uint16_t* scales;        // 8, 4 bits: f16 [block, 4, 64], scale and minimum of keys, values
+  int bits;                      // of the cache: 32 (f32), 16 (f16), or codes of 8 or 4
   float* scratch;                // attention_scratch_floats()
   float* max;                    // [n_queries] largest score
   float* sum;                    // [n_queries] sum of exp(score - max)

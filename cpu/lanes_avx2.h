@@ -56,6 +56,13 @@ struct Lanes {
   static Lanes load_codes8(const void* p) {
     return from_codes(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   }
+  static Lanes load_u8(const void* p) {
+    return from_bytes(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static Lanes load_nibbles(const void* p, bool high) {
+    const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    return from_bytes(_mm_and_si128(high ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(15)));
+  }
   void store(float* p) const {
     _mm256_storeu_ps(p, lo);
     _mm256_storeu_ps(p + 8, hi);
@@ -156,6 +163,10 @@ struct Lanes {
   }
   static __m256 from_bf16(__m128i bits) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static Lanes from_bytes(__m128i bytes) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
   }
   static Lanes from_codes(__m128i codes) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)),

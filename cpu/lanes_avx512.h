@@ -50,6 +50,16 @@ struct Lanes {
     return {
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))))};
   }
+  /// 16 bytes as integers 0..255; their low or their high nibbles as 0..15.
+  static Lanes load_u8(const void* p) {
+    return {
+        _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))))};
+  }
+  static Lanes load_nibbles(const void* p, bool high) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    const __m512i nibbles = high ? _mm512_srli_epi32(bytes, 4) : bytes;
+    return {_mm512_cvtepi32_ps(_mm512_and_si512(nibbles, _mm512_set1_epi32(15)))};
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_first(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
   void store_f16_first(uint16_t* p, int64_t n) const {

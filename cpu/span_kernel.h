@@ -193,6 +193,52 @@ BlockView<float> widen_block(const BlockView<uint16_t>& block, float* scratch) {
   return {scratch, values, block.head_dim, block.padded_dim};
 }
 
+// Keys of a coded block as f32: value = code * scale + minimum in one fma. Lanes are keys.
+void decode_keys(const SpanJob& job, int64_t block, float* to) {
+  const int64_t rows = (job.head_dim * job.bits + 7) / 8;
+  const std::byte* codes = job.keys + block * rows * kKeyBlock;
+  const uint16_t* scales = job.scales + block * 4 * kKeyBlock;
+  for (int64_t lane = 0; lane < kKeyBlock; lane += kLanes) {
+    const Lanes scale = Lanes::load_f16(scales + lane);
+    const Lanes minimum = Lanes::load_f16(scales + kKeyBlock + lane);
+    for (int64_t d = 0; d < job.head_dim; ++d) {
+      const Lanes code = job.bits == 8
+                             ? Lanes::load_u8(codes + d * kKeyBlock + lane)
+                             : Lanes::load_nibbles(codes + d / 2 * kKeyBlock + lane, d % 2);
+      Lanes::fma(code, scale, minimum).store(to + d * kKeyBlock + lane);
+    }
+  }
+}
+
+// Values of a coded block as f32. Lanes are coordinates.
+void decode_values(const SpanJob& job, int64_t block, float* to) {
+  const std::byte* codes = job.values + block * kKeyBlock * job.padded_dim * job.bits / 8;
+  const uint16_t* scales = job.scales + (block * 4 + 2) * kKeyBlock;
+  float scale[kKeyBlock], minimum[kKeyBlock];
+  for (int64_t lane = 0; lane < kKeyBlock; lane += kLanes) {
+    Lanes::load_f16(scales + lane).store(scale + lane);
+    Lanes::load_f16(scales + kKeyBlock + lane).store(minimum + lane);
+  }
+  for (int64_t key = 0; key < kKeyBlock; ++key) {
+    const Lanes factor = Lanes::set(scale[key]), offset = Lanes::set(minimum[key]);
+    for (int64_t d = 0; d < job.padded_dim; d += kLanes) {
+      const int64_t at = key * job.padded_dim + d;
+      // load_codes4 gives code - 8.
+      const Lanes code = job.bits == 8 ? Lanes::load_u8(codes + at)
+                                       : Lanes::load_codes4(codes + at / 2) + Lanes::set(8.0f);
+      Lanes::fma(code, factor, offset).store(to + at);
+    }
+  }
+}
+
+// A block of codes in `scratch` as f32.
+BlockView<float> decode_block(const SpanJob& job, int64_t key, float* scratch) {
+  float* values = scratch + kKeyBlock * job.head_dim;
+  decode_keys(job, key / kKeyBlock, scratch);
+  decode_values(job, key / kKeyBlock, values);
+  return {scratch, values, job.head_dim, job.padded_dim};
+}
+
 // All queries of the job that see something of the block of keys beginning at `key`.
 template <typename T>
 void visit_block(const SpanJob& job, const BlockView<T>& block, int64_t key, float* scores,
@@ -227,8 +273,10 @@ void lanes_span(const SpanJob& job) {
     }
   }
   for (int64_t key = job.span_begin; key < end; key += kKeyBlock) {
-    if (!job.half) {
+    if (job.bits == 32) {
       visit_block(job, view_block<float>(job, key), key, scores, partial_sums);
+    } else if (job.bits < 16) {
+      visit_block(job, decode_block(job, key, job.scratch), key, scores, partial_sums);
     } else if (job.n_queries <= kQueryTile) {
       visit_block(job, view_block<uint16_t>(job, key), key, scores, partial_sums);
     } else {

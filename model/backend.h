@@ -61,7 +61,8 @@ class Backend {
   virtual std::unique_ptr<PreparedLinear> prepare(const Linear& linear) = 0;
   virtual std::unique_ptr<PreparedTable> prepare_table(const Matrix& table) = 0;
   virtual std::unique_ptr<PreparedTransform> prepare_transform(const Transform& transform) = 0;
-  /// kv_bits: 32 or 16 bits per value.
+  /// kv_bits: 32, 16, 8 or 4 bits per value. Below 16 a head of a token is rounded to codes with a
+  /// scale and a minimum (docs/format.md, "KV cache"); forward.cpp rotates q and k before.
   virtual std::unique_ptr<KvCache> make_kv_cache(const Config& config, int64_t ctx,
                                                  int kv_bits) = 0;
   virtual int64_t kv_bytes(const Config& config, int64_t ctx, int kv_bits) const = 0;

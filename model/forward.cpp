@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "model/error.h"
+#include "model/hadamard.h"
 
 namespace tq {
 namespace {
@@ -82,9 +83,16 @@ Activations::Activations(Backend& backend, const Config& config, int64_t rows)
       proj(backend.alloc(rows * config.dim)),
       skip(backend.alloc(rows * config.dim)) {}
 
+int64_t kv_token_bytes(const Config& config, int kv_bits) {
+  // Codes come with a scale and a minimum in f16.
+  const int64_t vector = (config.head_dim * kv_bits + 7) / 8 + (kv_bits < 16 ? 4 : 0);
+  return config.n_layers * config.n_kv_heads * 2 * vector;
+}
+
 void forward_layer(Backend& backend, const Config& config, const PreparedLayer& layer,
                    const RopeTable& rope, KvCache& cache, int64_t layer_index, int64_t pos0,
-                   int64_t rows, Activations& acts, const LayerTap& tap) {
+                   int64_t rows, Activations& acts, const LayerTap& tap,
+                   const PreparedTransform* key_basis) {
   // Attention: x += wo(attend(rope(norm(wq x)), rope(norm(wk x)), wv x))
   backend.rms_norm(*acts.x, *layer.attn_norm, config.norm_eps, rows, config.dim, *acts.x_norm);
   if (tap) tap(Site::kAttnIn, *acts.x_norm, rows, config.dim);
@@ -99,6 +107,10 @@ void forward_layer(Backend& backend, const Config& config, const PreparedLayer& 
   }
   backend.rope(*acts.q, rows, config.n_heads, config.head_dim, pos0, rope);
   backend.rope(*acts.k, rows, config.n_kv_heads, config.head_dim, pos0, rope);
+  if (key_basis) {
+    backend.transform(*acts.q, rows * config.n_heads, *key_basis, false);
+    backend.transform(*acts.k, rows * config.n_kv_heads, *key_basis, false);
+  }
   backend.attention(*acts.q, *acts.k, *acts.v, config, cache, layer_index, pos0, rows,
                     *acts.attn_out);
   if (tap) tap(Site::kAttnOut, *acts.attn_out, rows, config.q_dim());
@@ -128,6 +140,12 @@ PreparedModel::PreparedModel(const Model& model, Backend& backend)
     residual_basis_ = backend.prepare_transform(model.residual_basis);
     output_basis_ = backend.prepare_transform(model.last_basis());
   }
+  // Keys have a few loud coordinates, which a scale for a whole head cannot serve (QuaRot).
+  Transform key_basis;
+  key_basis.kind = Transform::Kind::kHadamard;
+  key_basis.size = model.config.head_dim;
+  key_basis.block = hadamard_block(model.config.head_dim);
+  key_basis_ = backend.prepare_transform(key_basis);
   layers_.reserve(model.layers.size());
   for (const Layer& layer : model.layers) layers_.push_back(prepare_layer(backend, layer));
   rope_.inv_freq = rope_inv_freq(model.config.rope, model.config.head_dim);
@@ -170,7 +188,8 @@ void Session::run_chunk(std::span<const int32_t> tokens) {
   if (model_.residual_basis_) backend.transform(*acts_.x, rows, *model_.residual_basis_, false);
   for (size_t layer = 0; layer < model_.layers_.size(); ++layer) {
     forward_layer(backend, model_.config(), model_.layers_[layer], model_.rope_, *cache_,
-                  static_cast<int64_t>(layer), position_, rows, acts_);
+                  static_cast<int64_t>(layer), position_, rows, acts_, nullptr,
+                  options_.kv_bits < 16 ? model_.key_basis_.get() : nullptr);
   }
   position_ += rows;
 }

@@ -47,10 +47,15 @@ enum class Site { kAttnIn, kAttnOut, kFfnIn, kFfnMid };
 /// Called with the input of each site, before the linears' own transform and rounding.
 using LayerTap = std::function<void(Site site, const DeviceBuffer& x, int64_t rows, int64_t cols)>;
 
+/// Bytes that the keys and values of one token take, all layers, without a backend's padding.
+int64_t kv_token_bytes(const Config& config, int kv_bits);
+
 /// acts.x <- layer(acts.x) for `rows` tokens at positions pos0.. ; appends to the cache's `layer`.
+/// key_basis: applied to every head of q and k after RoPE; it cancels in their product.
 void forward_layer(Backend& backend, const Config& config, const PreparedLayer& layer,
                    const RopeTable& rope, KvCache& cache, int64_t layer_index, int64_t pos0,
-                   int64_t rows, Activations& acts, const LayerTap& tap = nullptr);
+                   int64_t rows, Activations& acts, const LayerTap& tap = nullptr,
+                   const PreparedTransform* key_basis = nullptr);
 
 class PreparedModel {
  public:
@@ -66,6 +71,7 @@ class PreparedModel {
   Backend& backend_;
   std::unique_ptr<PreparedTable> tok_embed_;
   std::unique_ptr<PreparedTransform> residual_basis_, output_basis_;  // null when inactive
+  std::unique_ptr<PreparedTransform> key_basis_;       // of one head, for a cache of codes
   BufferPtr final_norm_;
   std::vector<PreparedLayer> layers_;
   std::unique_ptr<PreparedLinear> lm_head_;
@@ -74,7 +80,7 @@ class PreparedModel {
 
 struct SessionOptions {
   int64_t ctx = 2048;       // longest timeline, tokens
-  int kv_bits = 16;         // 32 or 16
+  int kv_bits = 16;         // 32, 16, 8 or 4
   int64_t valid_vocab = 0;  // logits of ids from here on are -inf (padding rows); 0 = all valid
   int64_t chunk = 512;      // tokens per prefill step; does not change results
 };

@@ -127,6 +127,7 @@ void TqWriter::finish(const ModelTexts& texts, const Json& quantization) {
   if (!output_basis_.is_null()) header["output_basis"] = output_basis_;
   header["linears"] = std::move(linears_);
   if (!skips_.is_null()) header["skips"] = std::move(skips_);
+  if (kv_bits_ != 16) header["kv"] = {{"bits", kv_bits_}};
   header["tensors"] = std::move(tensors_);
   pad_to_alignment();
   const std::string text = header.dump();

@@ -43,6 +43,8 @@ class TqWriter {
   void add_output_basis(const Transform& transform);
   /// A step of the residual stream, "layers.N.attn_skip" or "layers.N.ffn_skip".
   void add_skip(const std::string& name, const LowRankStep& skip);
+  /// The width of the KV cache that the model is meant for: 16, 8 or 4.
+  void set_kv_bits(int bits) { kv_bits_ = bits; }
   /// Writes header and prologue, fsyncs, renames. `quantization` is stored for inspection.
   void finish(const ModelTexts& texts, const Json& quantization);
   uint64_t bytes_written() const { return file_.size(); }
@@ -55,6 +57,7 @@ class TqWriter {
   Json linears_ = Json::object();
   Json skips_;
   Json residual_basis_, output_basis_;
+  int kv_bits_ = 16;
 };
 
 /// Checks every byte of a .tq file: prologue, header, each tensor's checksum, zero padding.

@@ -140,6 +140,7 @@ class Reader {
       if (!model.residual_basis.active()) throw bad(path_, "output_basis without residual_basis");
       model.output_basis = stream_basis("output_basis", c.dim);
     }
+    if (header_.contains("kv")) model.kv_bits = kv_bits(header_["kv"]);
     model.final_norm = vector("final_norm", c.dim);
     for (int64_t i = 0; i < c.n_layers; ++i) model.layers.push_back(layer(c, i));
     for (const auto& [name, tensor] : tensors_) {
@@ -178,7 +179,8 @@ class Reader {
   // Names that nothing below would ask for; those inside are checked where they are read.
   void check_header(const Config& c) {
     only_keys(header_, "the header",
-              {"tq_format", "quantization", "residual_basis", "output_basis", "linears", "skips", "tensors"});
+              {"tq_format", "quantization", "residual_basis", "output_basis", "linears", "skips", "kv",
+               "tensors"});
     if (!header_.contains("skips")) return;
     std::set<std::string> names;
     for (int64_t i = 0; i < c.n_layers; ++i) {
@@ -187,6 +189,15 @@ class Reader {
       }
     }
     only_keys(header_["skips"], "skips", names);
+  }
+
+  int kv_bits(const Json& json) {
+    only_keys(json, "kv", {"bits"});
+    const int64_t bits = require_int(json, "bits", 4, 16, path_);
+    if (bits != 4 && bits != 8 && bits != 16) {
+      throw bad(path_, "kv: a cache of " + std::to_string(bits) + " bits is not supported");
+    }
+    return static_cast<int>(bits);
   }
 
   std::optional<LowRankStep> skip(const std::string& name, int64_t dim) {

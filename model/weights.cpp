@@ -88,33 +88,36 @@ void check_finite(const Matrix& matrix, const std::string& name, const std::stri
 
 double orthogonality_error(const Matrix& matrix) {
   TQ_CHECK(matrix.rows == matrix.cols && !matrix.packed());
-  constexpr int kProbes = 4;
+  constexpr size_t kProbes = 4;
   const size_t n = static_cast<size_t>(matrix.rows);
   // Bit `probe` of a mixed index decides a sign (finaliser of SplitMix64).
-  const auto sign = [](size_t index, int probe) {
-    uint64_t z = (index + 1) * 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return (z ^ (z >> 31)) >> probe & 1 ? 1.0 : -1.0;
-  };
+  std::vector<double> signs(kProbes * n), sums(kProbes * n);
+  for (size_t j = 0; j < n; ++j) {
+    uint64_t mixed = (j + 1) * 0x9E3779B97F4A7C15ull;
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9ull;
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EBull;
+    mixed ^= mixed >> 31;
+    for (size_t probe = 0; probe < kProbes; ++probe) {
+      signs[probe * n + j] = mixed >> probe & 1 ? 1.0 : -1.0;
+    }
+  }
   // M^T (M z), one row of M after the other, for all probes at once.
-  std::vector<double> sums(kProbes * n);
   std::vector<float> row(n);
   for (size_t i = 0; i < n; ++i) {
     matrix_row_f32(matrix, static_cast<int64_t>(i), row.data());
-    for (int probe = 0; probe < kProbes; ++probe) {
+    for (size_t probe = 0; probe < kProbes; ++probe) {
+      const double* z = signs.data() + probe * n;
+      double* sum = sums.data() + probe * n;
       double dot = 0;
-      for (size_t j = 0; j < n; ++j) dot += double{row[j]} * sign(j, probe);
-      double* sum = sums.data() + static_cast<size_t>(probe) * n;
+      for (size_t j = 0; j < n; ++j) dot += double{row[j]} * z[j];
       for (size_t j = 0; j < n; ++j) sum[j] += double{row[j]} * dot;
     }
   }
   double worst = 0;
-  for (int probe = 0; probe < kProbes; ++probe) {
+  for (size_t probe = 0; probe < kProbes; ++probe) {
     double square = 0;
-    for (size_t j = 0; j < n; ++j) {
-      const double error = sums[static_cast<size_t>(probe) * n + j] - sign(j, probe);
-      square += error * error;
+    for (size_t j = probe * n; j < (probe + 1) * n; ++j) {
+      square += (sums[j] - signs[j]) * (sums[j] - signs[j]);
     }
     const double mean = std::sqrt(square / static_cast<double>(n));
     if (!(mean <= worst)) worst = mean;  // a NaN must not be lost

@@ -148,6 +148,7 @@ struct Model {
   }
   std::vector<float> final_norm;  // [dim]
   std::vector<Layer> layers;
+  int kv_bits = 16;             // of the KV cache, as the file asks: 16, 8 or 4
   std::string source;           // path, for messages
   std::shared_ptr<void> owner;  // keeps mappings and buffers of the views alive
   // Drops the resident pages of a matrix that will not be read soon (they come back when touched);

@@ -168,7 +168,6 @@ Json describe_options(const QuantizeOptions& options) {
   json["group"] = options.group;
   json["group_a"] = options.group_a;
   json["full_range"] = options.full_range;
-  json["kv_bits"] = options.kv_bits;
   json["rank"] = options.rank;
   if (options.rank > 0) {
     json["split"] = options.split == Split::kFit ? "fit" : "svd";
@@ -178,6 +177,7 @@ Json describe_options(const QuantizeOptions& options) {
   json["refine_steps"] = options.refine_steps;
   json["embed_bits"] = options.embed_bits;
   json["head_bits"] = options.head_bits;
+  json["kv_bits"] = options.kv_bits;
   json["keep"] = options.keep;
   json["seed"] = options.seed;
   if (options.needs_calibration()) {

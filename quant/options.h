@@ -45,9 +45,9 @@ struct QuantizeOptions {
   int64_t group = 64;    // columns per scale of the weights: 32, 64 or 128
   int64_t group_a = 64;  // columns per scale of the inputs
   bool full_range = false;  // inputs use all codes (model/weights.h, ActQuant); clips are searched
-  int kv_bits = 16;         // default of the file: 32, 16, 8 or 4
   // 4, 8, 16, or 32 (an f32 source stays f32). Equal for tied embeddings: the file holds one table.
   int embed_bits = 16, head_bits = 16;
+  int kv_bits = 16;  // of the KV cache, unless who runs the model asks for others: 16, 8 or 4
   std::vector<std::string> keep;  // regular expressions of linears to keep at 16 bits
   uint64_t seed = 0;
   int64_t calib_samples = 64, calib_length = 512;

@@ -200,6 +200,7 @@ class Pipeline {
       writer_.add_linear("lm_head", head);
     }
     writer_.add_f32("final_norm", source_.final_norm);
+    writer_.set_kv_bits(options_.kv_bits);
     if (hooks_.done_with) {
       hooks_.done_with(source_.tok_embed);
       if (!source_.config.tied) hooks_.done_with(source_.lm_head.weight);

@@ -148,7 +148,7 @@ void streaming_shapes(benchmark::internal::Benchmark* bench) {
 }
 void attention_shapes(benchmark::internal::Benchmark* bench) {
   for (int isa : {1, 2}) {
-    for (int kv_bits : {32, 16}) {
+    for (int kv_bits : {32, 16, 8, 4}) {
       for (auto [rows, pos] :
            {std::pair<int64_t, int64_t>{512, 0}, {512, 1536}, {1, 512}, {1, 2047}}) {
         bench->Args({isa, rows, pos, kv_bits});

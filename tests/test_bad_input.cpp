@@ -419,7 +419,7 @@ std::vector<BadInput> tokenizers_and_tq() {
                                                       {"special", true}});
                        }),
       broken_tq("N29_BadMagic", "not a", [](std::string b) { return flipped(std::move(b), 0); }),
-      broken_tq("N29_FutureVersion", "format version 5",
+      broken_tq("N29_FutureVersion", "format version 6",
                 [](std::string b) { return flipped(std::move(b), 8); }),
       broken_tq("N29_ByteOrder", "byte order",
                 [](std::string b) {

@@ -2,9 +2,12 @@
 // instruction set, cache widths and sizes.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "cpu/attention.h"
+#include "cpu/exp_constants.h"
+#include "model/forward.h"
 #include "tests/cpu_cases.h"
 
 namespace tq {
@@ -119,7 +122,7 @@ TEST(Attention, DoesNotDependOnChunks) {
     const int64_t rows = 700;
     const Inputs in(config, rows);
     CpuBackend backend(2);
-    for (int kv_bits : {32, 16}) {
+    for (int kv_bits : {32, 16, 8, 4}) {
       const std::vector<float> whole = run(backend, config, in, rows, {rows}, kv_bits);
       for (const std::vector<int64_t>& chunks :
            {std::vector<int64_t>{512}, {1, 63, 64, 65, 200, 7}, {699, 1}, {510, 1, 2, 90}}) {
@@ -133,11 +136,13 @@ TEST(Attention, DoesNotDependOnThreads) {
   const Config config = make_config(9, 3, 64);
   const int64_t rows = 1100;
   const Inputs in(config, rows);
-  CpuBackend one(1);
-  const std::vector<float> expected = run(one, config, in, rows, {1050, 1});
-  for (int threads : {2, 3, 5}) {
-    CpuBackend backend(threads);
-    ASSERT_TRUE(same_numbers(run(backend, config, in, rows, {1050, 1}), expected));
+  for (int kv_bits : {32, 4}) {
+    CpuBackend one(1);
+    const std::vector<float> expected = run(one, config, in, rows, {1050, 1}, kv_bits);
+    for (int threads : {2, 3, 5}) {
+      CpuBackend backend(threads);
+      ASSERT_TRUE(same_numbers(run(backend, config, in, rows, {1050, 1}, kv_bits), expected));
+    }
   }
 }
 
@@ -146,7 +151,7 @@ TEST(Attention, InstructionSetsAgreeBitByBit) {
                                make_config(2, 1, 128)}) {
     const int64_t rows = 140;
     const Inputs in(config, rows);
-    for (int kv_bits : {32, 16}) {
+    for (int kv_bits : {32, 16, 8, 4}) {
       CpuBackend plain(1, CpuIsa::kPlain);
       const std::vector<float> expected = run(plain, config, in, rows, {100, 1, 39}, kv_bits);
       for (CpuIsa isa : supported_isas()) {
@@ -169,6 +174,93 @@ TEST(Attention, HalfPrecisionCacheRoundsKeysAndValuesOnly) {
   EXPECT_TRUE(same_numbers(run(backend, config, in, rows, {rows}, 32), half));
 }
 
+// x as a cache of codes keeps it, by docs/format.md, written from scratch. Also checks the bound.
+void round_like_the_cache(float* x, int64_t count, int bits) {
+  const float top = bits == 8 ? 255.0f : 15.0f;
+  const auto [low, high] = std::minmax_element(x, x + count);
+  const float lowest = *low, highest = *high;
+  const float minimum = f16_to_f32(f32_to_f16(lowest));
+  const float scale = f16_to_f32(f32_to_f16(std::max(highest - minimum, 0.0f) / top));
+  for (int64_t i = 0; i < count; ++i) {
+    const float code = scale > 0 ? std::nearbyint((x[i] - minimum) * (1 / scale)) : 0.0f;
+    const float value = std::fma(std::clamp(code, 0.0f, top), scale, minimum);
+    // Half a step; what f16 does to the minimum and, `top` times, to the scale, relatively and
+    // where it is subnormal; a few roundings of f32 (2^-20).
+    const float bound = 0.5f * scale +
+                        (0x1p-11f + 0x1p-20f) * (std::fabs(lowest) + highest - lowest) +
+                        (top + 1) * 0x1p-25f;
+    ASSERT_LE(std::fabs(value - x[i]), bound) << bits;
+    x[i] = value;
+  }
+}
+
+TEST(Attention, CodedCacheRoundsKeysAndValuesByTheDocumentedRule) {
+  for (const Config& config :
+       {make_config(4, 2, 32), make_config(3, 1, 80), make_config(2, 2, 10)}) {
+    for (int bits : {8, 4}) {
+      const int64_t rows = 90;
+      Inputs in(config, rows);
+      for (int64_t i = 0; i < config.head_dim; ++i) {  // awkward vectors
+        in.k[static_cast<size_t>(i)] = 0.1f;           // all equal
+        in.v[static_cast<size_t>(i)] = i == 3 ? -5.0f : 0.0f;
+        in.k[static_cast<size_t>(config.kv_dim() + i)] = 1e-7f * static_cast<float>(i);
+        in.v[static_cast<size_t>(config.kv_dim() + i)] = 3000.0f + static_cast<float>(i);
+      }
+      CpuBackend backend(1);
+      const std::vector<float> coded = run(backend, config, in, rows, {rows}, bits);
+      for (int64_t at = 0; at < rows * config.kv_dim(); at += config.head_dim) {
+        round_like_the_cache(in.k.data() + at, config.head_dim, bits);
+        round_like_the_cache(in.v.data() + at, config.head_dim, bits);
+      }
+      EXPECT_TRUE(same_numbers(run(backend, config, in, rows, {rows}, 32), coded)) << bits;
+    }
+  }
+}
+
+TEST(Attention, ARewrittenPositionForgetsItsOldCodes) {
+  // A timeline that is cut back and continued: nibbles share bytes.
+  const Config config = make_config(2, 1, 16);
+  const int64_t rows = 80;
+  const Inputs in(config, rows);
+  Inputs other = in;
+  std::reverse(other.k.begin(), other.k.end());
+  std::reverse(other.v.begin(), other.v.end());
+  for (int bits : {8, 4}) {
+    CpuBackend backend(1);
+    const auto cache = backend.make_kv_cache(config, rows, bits);
+    const auto feed = [&](const Inputs& from, int64_t pos, int64_t n) {
+      const auto part = [&](const std::vector<float>& values, int64_t width) {
+        return to_device(backend,
+                         {values.begin() + pos * width, values.begin() + (pos + n) * width});
+      };
+      const BufferPtr q = part(from.q, config.q_dim()), k = part(from.k, config.kv_dim()),
+                      v = part(from.v, config.kv_dim()), out = backend.alloc(n * config.q_dim());
+      backend.attention(*q, *k, *v, config, *cache, 1, pos, n, *out);
+      return to_host(backend, *out, n * config.q_dim());
+    };
+    feed(in, 0, 50);
+    feed(other, 50, 30);
+    std::vector<float> expected = run(backend, config, in, rows, {rows}, bits);
+    expected.erase(expected.begin(), expected.begin() + 50 * config.q_dim());
+    EXPECT_TRUE(same_numbers(feed(in, 50, 30), expected)) << bits;
+  }
+}
+
+TEST(Attention, NanAndInfinityReachTheOutputOfACodedCache) {
+  const Config config = make_config(2, 1, 16);
+  for (float value : {std::numeric_limits<float>::quiet_NaN(), kInfinity}) {
+    for (bool in_key : {false, true}) {
+      Inputs in(config, 3);
+      (in_key ? in.k : in.v)[17] = value;  // of position 1
+      for (CpuIsa isa : supported_isas()) {
+        CpuBackend backend(1, isa);
+        const std::vector<float> y = run(backend, config, in, 3, {3}, 4);
+        for (size_t i = 0; i < 3 * 32; ++i) EXPECT_EQ(std::isnan(y[i]), i >= 32) << i;
+      }
+    }
+  }
+}
+
 TEST(Attention, LaterTokensAndLeftoversDoNotReachEarlierQueries) {
   // A value behind a query's position weighs nothing even if it is infinite.
   const Config config = make_config(2, 1, 16);
@@ -176,15 +268,17 @@ TEST(Attention, LaterTokensAndLeftoversDoNotReachEarlierQueries) {
   Inputs in(config, rows);
   for (CpuIsa isa : supported_isas()) {
     CpuBackend backend(1, isa);
-    const std::vector<float> expected = run(backend, config, in, 10, {10});
-    Inputs poisoned = in;
-    for (int64_t i = 10 * 16; i < rows * 16; ++i) {
-      poisoned.k[static_cast<size_t>(i)] = std::numeric_limits<float>::quiet_NaN();
-      poisoned.v[static_cast<size_t>(i)] = std::numeric_limits<float>::infinity();
+    for (int kv_bits : {32, 4}) {
+      const std::vector<float> expected = run(backend, config, in, 10, {10}, kv_bits);
+      Inputs poisoned = in;
+      for (int64_t i = 10 * 16; i < rows * 16; ++i) {
+        poisoned.k[static_cast<size_t>(i)] = std::numeric_limits<float>::quiet_NaN();
+        poisoned.v[static_cast<size_t>(i)] = std::numeric_limits<float>::infinity();
+      }
+      std::vector<float> y = run(backend, config, poisoned, rows, {rows}, kv_bits);
+      y.resize(static_cast<size_t>(10 * config.q_dim()));
+      EXPECT_TRUE(same_numbers(y, expected)) << isa_name(isa);
     }
-    std::vector<float> y = run(backend, config, poisoned, rows, {rows});
-    y.resize(static_cast<size_t>(10 * config.q_dim()));
-    EXPECT_TRUE(same_numbers(y, expected)) << isa_name(isa);
   }
 }
 
@@ -195,12 +289,18 @@ TEST(KvCache, BytesAreWhatTheCacheTakes) {
   EXPECT_EQ(backend.kv_bytes(config, 1024, 32), 2 * 3 * 2 * 64 * 1024 * 4);
   EXPECT_EQ(backend.kv_bytes(config, 1024, 16), 2 * 3 * 2 * 64 * 1024 * 2);
   EXPECT_EQ(backend.kv_bytes(config, 1, 32), 2 * 3 * 2 * 64 * 64 * 4);  // whole blocks
+  // Scale and minimum: 4 bytes a vector, so 8.5 and 4.5 bits a value.
+  EXPECT_EQ(backend.kv_bytes(config, 1024, 8), 2 * 3 * 2 * 1024 * (64 + 4));
+  EXPECT_EQ(backend.kv_bytes(config, 1024, 4), 2 * 3 * 2 * 1024 * (32 + 4));
+  for (int bits : {32, 16, 8, 4}) {
+    EXPECT_EQ(backend.kv_bytes(config, 1024, bits), 1024 * kv_token_bytes(config, bits)) << bits;
+  }
 }
 
 TEST(KvCache, RefusesWidthsItDoesNotHave) {
   const Config config = make_config(2, 1, 16);
   CpuBackend backend(1);
-  for (int bits : {8, 4, 0, 64}) {
+  for (int bits : {2, 5, 12, 0, 64, -8}) {
     try {
       backend.make_kv_cache(config, 16, bits);
       FAIL() << bits;

@@ -30,8 +30,9 @@ class QuantizeCli : public testing::Test {
   }
 
   // `prefix` goes before the command, for limits of the shell.
-  Outcome run(const std::string& arguments, const std::string& prefix = "") {
-    const std::string command = prefix + TQ_BINARY + " quantize " + arguments + " >" +
+  Outcome run(const std::string& arguments, const std::string& prefix = "",
+              const std::string& verb = "quantize") {
+    const std::string command = prefix + TQ_BINARY + " " + verb + " " + arguments + " >" +
                                 (folder_ / "out") + " 2>" + (folder_ / "err");
     const int status = std::system(command.c_str());
     Outcome result;
@@ -115,6 +116,31 @@ TEST_F(QuantizeCli, ThreeBitsTakeTheSpaceOfFour) {
   EXPECT_EQ(bits[0], bits[1]);
 }
 
+TEST_F(QuantizeCli, KvBitsOfTheFileAreTheDefaultAndCanBeOverridden) {
+  const std::string file = folder_ / "m.tq";
+  ASSERT_EQ(run(kModel + output() + " --method none --kv-bits 4").code, 0);
+  const Outcome inspected = run(file + " --json", "", "inspect");
+  const Json json = parse_json(inspected.out, "inspect");
+  EXPECT_EQ(json["kv_bits"], 4);
+  const auto bits_of = [&](const std::string& arguments) {
+    const Outcome result =
+        run(file + " --ctx 32 --json --text " + (folder_ / "calib.txt") + arguments, "", "eval");
+    EXPECT_EQ(result.code, 0) << result.err;
+    return parse_json(result.out, "eval");
+  };
+  const Json by_default = bits_of(""), four = bits_of(" --kv-bits 4"),
+             full = bits_of(" --kv-bits 32");
+  EXPECT_EQ(by_default["kv_bits"], 4);
+  EXPECT_EQ(by_default["ppl"], four["ppl"]);
+  EXPECT_EQ(full["kv_bits"], 32);
+  EXPECT_NE(full["ppl"], four["ppl"]);
+  for (const char* verb : {"run", "eval", "logits", "bench"}) {
+    const Outcome refused = run(file + " --kv-bits 5", "", verb);
+    EXPECT_EQ(refused.code, 2) << verb;
+    EXPECT_NE(refused.err.find("--kv-bits"), std::string::npos) << refused.err;
+  }
+}
+
 TEST_F(QuantizeCli, TwoRunsGiveTheSameBytes) {
   ASSERT_EQ(run(kModel + output() + calib() + " --threads 1").code, 0);
   const std::string first = read_bytes(folder_ / "m.tq");
@@ -135,6 +161,7 @@ TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
   expect_failure(2, kModel + output() + " --method twinquant", "methods: none, rtn");
   expect_failure(2, kModel + output() + " --bits-w 5", "--bits-w");
   expect_failure(2, kModel + output() + " --bits-a 5", "--bits-a");
+  expect_failure(2, kModel + output() + " --kv-bits 32", "--kv-bits");
   expect_failure(2, kModel + output() + " --group 48", "--group");
   expect_failure(2, kModel + output() + " --method svdquant --rank 33", "smallest side");
   expect_failure(2, kModel + output() + " --embed-bits 8 --head-bits 4", "stored once");

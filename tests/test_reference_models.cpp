@@ -36,10 +36,10 @@ struct Runner {
   explicit Runner(const std::string& folder)
       : model(load_model(folder)), backend(2), prepared(model, backend) {}
 
-  Session session(int64_t ctx, int64_t chunk = 512) const {
+  Session session(int64_t ctx, int64_t chunk = 512, int kv_bits = 32) const {
     SessionOptions options;
     options.ctx = ctx;
-    options.kv_bits = 32;
+    options.kv_bits = kv_bits;
     options.chunk = chunk;
     return Session(prepared, options);
   }
@@ -125,26 +125,51 @@ TEST_P(RandomModel, LogitsAreThoseOfTransformers) {
 TEST_P(RandomModel, ChunkedPrefillEqualsTokenByTokenExactly) {
   const Runner runner(folder());
   const std::vector<int32_t> ids = first_ids(40);
-  Session one_by_one = runner.session(64);
-  std::vector<float> expected;
-  for (int32_t id : ids) expected = feed_one(one_by_one, id);
-  for (int64_t chunk : {1, 3, 8, 39, 40, 64}) {
-    Session session = runner.session(64, chunk);
-    EXPECT_EQ(copy(session.feed(ids)), expected) << "chunk " << chunk;
+  for (int kv_bits : {32, 4}) {
+    Session one_by_one = runner.session(64, 512, kv_bits);
+    std::vector<float> expected;
+    for (int32_t id : ids) expected = feed_one(one_by_one, id);
+    for (int64_t chunk : {1, 3, 8, 39, 40, 64}) {
+      Session session = runner.session(64, chunk, kv_bits);
+      EXPECT_EQ(copy(session.feed(ids)), expected) << "chunk " << chunk;
+    }
   }
 }
 
 TEST_P(RandomModel, TruncatedTimelineContinuesAsIfTheRestWasNeverFed) {
   const Runner runner(folder());
   const std::vector<int32_t> ids = first_ids(40);
-  Session fresh = runner.session(64);
-  const std::vector<float> expected = copy(fresh.feed(ids));
+  for (int kv_bits : {32, 8, 4}) {
+    Session fresh = runner.session(64, 512, kv_bits);
+    const std::vector<float> expected = copy(fresh.feed(ids));
 
-  Session session = runner.session(64);
-  session.feed(std::span(ids).first(30));
-  session.feed(std::vector<int32_t>(10, 5));
-  session.truncate(30);
-  EXPECT_EQ(copy(session.feed(std::span(ids).subspan(30))), expected);
+    Session session = runner.session(64, 512, kv_bits);
+    session.feed(std::span(ids).first(30));
+    session.feed(std::vector<int32_t>(10, 5));
+    session.truncate(30);
+    EXPECT_EQ(copy(session.feed(std::span(ids).subspan(30))), expected);
+  }
+}
+
+TEST_P(RandomModel, CodedCachesComeCloserWithEveryBit) {
+  // A head of Gaussian coordinates spans some 5 of their standard deviations, so in 8 bits a value
+  // is off by 5 / 255 / sqrt(12) = 0.6 % of one, at random, and so are scores and outputs; three
+  // layers and the largest of some hundred logits make that about 4 % of the logits' standard
+  // deviation. A rotation of q alone would move them by more than one. With 4 bits errors are 17
+  // times as large, on average.
+  const Runner runner(folder());
+  const std::vector<int32_t> ids = first_ids(40);
+  const auto logits = [&](int kv_bits) {
+    Session session = runner.session(64, 512, kv_bits);
+    return copy(session.feed(ids));
+  };
+  const std::vector<float> exact = logits(32);
+  const std::vector<double> expected(exact.begin(), exact.end());
+  const double std = standard_deviation(expected);
+  const double error8 = max_error(logits(8), expected), error4 = max_error(logits(4), expected);
+  EXPECT_GT(error8, 0);
+  EXPECT_LT(error8, 0.1 * std);
+  EXPECT_LT(4 * error8, error4);
 }
 
 INSTANTIATE_TEST_SUITE_P(Fixtures, RandomModel,

@@ -11,6 +11,7 @@
 #include "quant/quantize_layer.h"
 #include "quant/rng.h"
 #include "quant/rotation.h"
+#include "tests/cli.h"
 #include "tests/orthogonal.h"
 #include "tests/temp_dir.h"
 #include "tests/tiny_model.h"
@@ -278,6 +279,30 @@ TEST(RotatedModel, ASkipIsNeeded) {
     (broken.layers[1].*named.member).reset();
     EXPECT_GT(relative_error(all_logits(broken, ids), expected), 1e-2) << named.name;
   }
+}
+
+TEST(RotatedModel, InspectCountsAndVerifyChecksBasesAndSkips) {
+  if (!std::filesystem::exists(TQ_BINARY)) GTEST_SKIP() << TQ_BINARY << " is not built";
+  const Model source = load_hf_folder(std::string(TQ_FIXTURES) + "/random-models/llama-gqa-f32");
+  const SkippingModel rotated(source, Storage::kF16);
+  TempDir folder;
+  rotated.write(folder / "m.tq");
+  EXPECT_EQ(run_tq(folder, {"verify", folder / "m.tq"}).exit_code, 0);
+  const CliResult result = run_tq(folder, {"inspect", folder / "m.tq", "--json"});
+  ASSERT_EQ(result.exit_code, 0) << result.err;
+  const Json json = parse_json(result.out, "inspect");
+  EXPECT_EQ(json["residual_basis"]["kind"], "dense");
+  EXPECT_EQ(json["residual_basis"]["storage"], "f16");
+  const int64_t dim = source.config.dim, rank = rotated.skips[0].a.rows;
+  const int64_t bytes = 2 * dim * dim + source.config.n_layers * 2 * (2 * rank * dim * 4);
+  const Json& linears = json["linears"];
+  EXPECT_EQ(linears["basis_bytes"], bytes);
+  // The linears themselves are f32.
+  const double overhead = 8.0 * static_cast<double>(bytes) / linears["parameters"].get<double>();
+  EXPECT_NEAR(linears["bits_per_weight"].get<double>(), 32 + overhead, 1e-9);
+  EXPECT_NE(result.out.find("layers.0.attn_skip.a"), std::string::npos);
+  EXPECT_NE(run_tq(folder, {"inspect", folder / "m.tq"}).out.find("KB of bases"),
+            std::string::npos);
 }
 
 TEST(RotatedModel, ADifferentSeedGivesOtherWeightsAndTheSameLogits) {

@@ -248,6 +248,23 @@ Transform dense_basis(const std::vector<float>& m) {
   return basis;
 }
 
+TEST_F(TqFile, KvBitsTravelAndAreSixteenWhenAbsent) {
+  EXPECT_EQ(load_tq_file(path).kv_bits, 16);
+  const std::string plain = read_bytes(path);
+  for (int bits : {4, 8, 16}) {
+    write_bytes(path, plain);
+    edit_header(path, R"("linears":)",
+                R"("kv":{"bits":)" + std::to_string(bits) + R"(},"linears":)");
+    EXPECT_EQ(load_tq_file(path).kv_bits, bits);
+  }
+  for (const char* kv : {R"({"bits":32})", R"({"bits":5})", R"({"bits":0})", R"({"bits":"8"})",
+                         "{}", "8", R"({"bits":8,"group":32})"}) {
+    write_bytes(path, plain);
+    edit_header(path, R"("linears":)", R"("kv":)" + std::string(kv) + R"(,"linears":)");
+    EXPECT_NE(failure(path), "") << kv;
+  }
+}
+
 TEST_F(TqFile, DenseResidualBasisTravels) {
   const std::vector<float> m = plane_rotations(64);
   test_model.model.residual_basis = dense_basis(m);

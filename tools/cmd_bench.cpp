@@ -60,23 +60,21 @@ double read_bandwidth(int threads) {
   return best;
 }
 
-uint64_t matrix_bytes(const Matrix& matrix) {
-  return matrix.data_bytes() + matrix.scale_bytes();
-}
-
 // Bytes that one decoded token must read: every weight once (the head is a weight, the embedding
-// one row), and the keys and values of the positions before it.
+// one row; a dense residual basis is used both ways), and the keys and values of the positions
+// before it.
 uint64_t bytes_per_token(const Runtime& runtime, int64_t position, int kv_bits) {
-  uint64_t bytes = matrix_bytes(runtime.model.lm_head.weight);
+  uint64_t bytes =
+      runtime.model.lm_head.weight.n_bytes() + 2 * transform_bytes(runtime.model.residual_basis);
   for (const Layer& layer : runtime.model.layers) {
     for (const NamedLinear& named : kLayerLinears) {
       const Linear& linear = layer.*named.member;
-      bytes += matrix_bytes(linear.weight);
-      if (linear.branch_a) bytes += matrix_bytes(*linear.branch_a) + matrix_bytes(*linear.branch_b);
+      bytes += linear.weight.n_bytes();
+      if (linear.branch_a) bytes += linear.branch_a->n_bytes() + linear.branch_b->n_bytes();
     }
+    bytes += skip_bytes(layer);
   }
-  const Config& c = runtime.model.config;
-  return bytes + static_cast<uint64_t>(2 * c.n_layers * c.kv_dim() * position * kv_bits / 8);
+  return bytes + static_cast<uint64_t>(position * kv_token_bytes(runtime.model.config, kv_bits));
 }
 
 std::vector<int32_t> bench_tokens(const Runtime& runtime, int64_t count) {

@@ -116,7 +116,8 @@ Json inspect_json(const Model& model, const Tokenizer& tokenizer) {
   const uint64_t total_bytes = linears_bytes + basis_bytes + model.tok_embed.n_bytes() +
                                (c.tied ? 0 : linear_bytes(model.lm_head)) +
                                4 * (other + static_cast<uint64_t>(c.dim));
-  const int64_t kv_values = 2 * c.n_layers * c.kv_dim();
+  Json kv_bytes;
+  for (int bits : {32, 16, 8, 4}) kv_bytes[std::to_string(bits)] = kv_token_bytes(c, bits);
   Json quantization = model.quantization;
   quantization.erase("distortion");  // shown per tensor
   return {{"schema", 1},
@@ -146,7 +147,8 @@ Json inspect_json(const Model& model, const Tokenizer& tokenizer) {
            {{"type", rope_name(c.rope.kind)}, {"theta", c.rope.theta}, {"factor", c.rope.factor}}},
           {"residual_basis", basis_json(model.residual_basis)},
           {"quantization", quantization},
-          {"kv_bytes_per_token", {{"32", 4 * kv_values}, {"16", 2 * kv_values}}},
+          {"kv_bits", model.kv_bits},
+          {"kv_bytes_per_token", kv_bytes},
           {"tokenizer", {{"type", tokenizer.describe()}, {"size", tokenizer.size()}}},
           {"chat_template", chat_kind_name(detect_chat_kind(model.texts, model.source))},
           {"stop_tokens", stop_tokens(model.texts, c, tokenizer, model.source)},
@@ -176,9 +178,10 @@ void print_summary(const Json& json) {
       shape["n_layers"].get<long long>(), shape["n_heads"].get<long long>(),
       shape["n_kv_heads"].get<long long>(), shape["head_dim"].get<long long>(),
       shape["vocab_size"].get<long long>(), shape["max_seq_len"].get<long long>());
-  add("  rope %s, theta %.0f; KV cache %lld bytes a token at 16 bits\n",
+  const int kv_bits = json["kv_bits"].get<int>();
+  add("  rope %s, theta %.0f; KV cache %lld bytes a token at %d bits\n",
       json["rope"]["type"].get<std::string>().c_str(), json["rope"]["theta"].get<double>(),
-      json["kv_bytes_per_token"]["16"].get<long long>());
+      json["kv_bytes_per_token"][std::to_string(kv_bits)].get<long long>(), kv_bits);
   add("  tokenizer %s; chat template %s\n", json["tokenizer"]["type"].get<std::string>().c_str(),
       json["chat_template"].get<std::string>().c_str());
   add("  quantization %s\n\n", json["quantization"].value("method", "none").c_str());

@@ -137,7 +137,6 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   override_learning(options, args, config);
   override_with(options.group, args.group);
   options.group_a = args.group_a.value_or(options.group);
-  override_with(options.kv_bits, args.kv_bits);
   if (args.act_codes) options.full_range = *args.act_codes == "all";
   // The basis alone is to be tested then, so nothing else may be rounded.
   if (options.bits_w == 32) options.embed_bits = options.head_bits = 32;
@@ -146,6 +145,7 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   if (config.tied && args.head_bits && !args.embed_bits) options.embed_bits = *args.head_bits;
   override_with(options.embed_bits, args.embed_bits);
   override_with(options.head_bits, args.head_bits);
+  override_with(options.kv_bits, args.kv_bits);
   override_with(options.calib_samples, args.calib_samples);
   options.calib_length = std::min(options.calib_length, config.max_seq_len);
   override_with(options.calib_length, args.calib_length);
@@ -444,15 +444,17 @@ void add_method_options(CLI::App& command, QuantizeArguments& args) {
                   "codes of rounded inputs: symmetric (-7..7 at 4 bits), or all (-8..7)")
       ->check(CLI::IsMember({"symmetric", "all"}))
       ->default_str("learned methods: all, else symmetric");
-  command.add_option("--kv-bits", args.kv_bits, "bits of the KV cache that run and eval default to")
-      ->check(CLI::IsMember({16, 8, 4}))
-      ->default_str("16");
   command.add_option("--embed-bits", args.embed_bits, "bits of the embedding")
       ->check(CLI::IsMember({16, 8, 4}))
       ->default_str("16");
   command
       .add_option("--head-bits", args.head_bits,
                   "bits of the head; with tied embeddings the same table")
+      ->check(CLI::IsMember({16, 8, 4}))
+      ->default_str("16");
+  command
+      .add_option("--kv-bits", args.kv_bits,
+                  "bits per cached key or value that the file asks for when it runs")
       ->check(CLI::IsMember({16, 8, 4}))
       ->default_str("16");
   command.add_option("--keep", args.keep,

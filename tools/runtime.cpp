@@ -36,8 +36,8 @@ void add_device_options(CLI::App& command, DeviceOptions& options, bool with_kv)
       ->capture_default_str();
   if (with_kv) {
     command.add_option("--kv-bits", options.kv_bits, "bits per cached key or value")
-        ->check(CLI::IsMember({32, 16}))
-        ->default_str("32 for an unquantized folder, else 16");
+        ->check(CLI::IsMember({32, 16, 8, 4}))
+        ->default_str("32 for an unquantized folder, else the file's, mostly 16");
   }
 }
 
@@ -90,7 +90,8 @@ int64_t Runtime::checked_ctx(int64_t ctx) const {
 SessionOptions Runtime::session_options(int64_t ctx, int kv_bits) const {
   SessionOptions options;
   options.ctx = ctx;
-  options.kv_bits = kv_bits ? kv_bits : (quantized() ? 16 : 32);
+  const int default_bits = quantized() || model.kv_bits < 16 ? model.kv_bits : 32;
+  options.kv_bits = kv_bits ? kv_bits : default_bits;
   options.valid_vocab = tokenizer.size();
   return options;
 }

@@ -16,7 +16,7 @@ namespace tq {
 struct DeviceOptions {
   std::string device = "auto";
   int threads = 0;  // 0 = all cores
-  int kv_bits = 0;  // 0 = default_kv_bits()
+  int kv_bits = 0;  // 0 = what the model asks for
 };
 void add_device_options(CLI::App& command, DeviceOptions& options, bool with_kv);
 
