@@ -40,6 +40,7 @@ struct Matrix {
   int64_t row_bytes() const;  // kQ4: ceil(cols / 2)
   size_t data_bytes() const { return static_cast<size_t>(rows * row_bytes()); }
   size_t scale_bytes() const { return static_cast<size_t>(rows * n_groups() * 2); }
+  size_t n_bytes() const { return data_bytes() + scale_bytes(); }
 };
 
 /// Code of one element of a packed matrix (kQ4: -8..7, kQ8: -127..127).
@@ -80,6 +81,7 @@ struct Linear {
   int64_t out_dim() const { return weight.rows; }
   int64_t in_dim() const { return weight.cols; }
   int64_t rank() const { return branch_a ? branch_a->rows : 0; }
+  size_t n_bytes() const;  // weight and branch
 };
 
 /// One decoder layer. Norm gains are f32; q_norm and k_norm are empty for Llama.

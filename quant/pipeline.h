@@ -32,7 +32,7 @@ struct QuantizeResult {
   uint64_t file_bytes = 0;
   double bits_per_weight = 0;  // of all linears
   int64_t n_resumed = 0;       // layers taken from an interrupted run
-  Json quantization;           // as stored in the file
+  Json quantization;           // as stored in the file, but for the distortion
 };
 
 /// Quantizes `source` into `output`. calibration: required when options.needs_calibration(). The

@@ -60,20 +60,12 @@ double read_bandwidth(int threads) {
   return best;
 }
 
-uint64_t matrix_bytes(const Matrix& matrix) {
-  return matrix.data_bytes() + matrix.scale_bytes();
-}
-
 // Bytes that one decoded token must read: every weight once (the head is a weight, the embedding
 // one row), and the keys and values of the positions before it.
 uint64_t bytes_per_token(const Runtime& runtime, int64_t position, int kv_bits) {
-  uint64_t bytes = matrix_bytes(runtime.model.lm_head.weight);
+  uint64_t bytes = runtime.model.lm_head.n_bytes();
   for (const Layer& layer : runtime.model.layers) {
-    for (const NamedLinear& named : kLayerLinears) {
-      const Linear& linear = layer.*named.member;
-      bytes += matrix_bytes(linear.weight);
-      if (linear.branch_a) bytes += matrix_bytes(*linear.branch_a) + matrix_bytes(*linear.branch_b);
-    }
+    for (const NamedLinear& named : kLayerLinears) bytes += (layer.*named.member).n_bytes();
   }
   const Config& c = runtime.model.config;
   return bytes + static_cast<uint64_t>(2 * c.n_layers * c.kv_dim() * position * kv_bits / 8);
@@ -151,10 +143,10 @@ void bench(const BenchOptions& options) {
   }
   char text[512];
   std::snprintf(text, sizeof text,
-                "%s, %d threads\nprefill %lld tokens: %.1f +- %.1f tok/s\ndecode %lld tokens: %.1f "
+                "%s\nprefill %lld tokens: %.1f +- %.1f tok/s\ndecode %lld tokens: %.1f "
                 "+- %.1f tok/s, %.1f MB a token, %.0f %% of %.1f GB/s read bandwidth\n",
-                runtime.backend->name().c_str(), threads, static_cast<long long>(options.prompt),
-                p.mean, p.sd, static_cast<long long>(options.decode), d.mean, d.sd,
+                runtime.backend->name().c_str(), static_cast<long long>(options.prompt), p.mean,
+                p.sd, static_cast<long long>(options.decode), d.mean, d.sd,
                 static_cast<double>(bytes) / 1e6, 100 * share, bandwidth / 1e9);
   std::string out = text;
   for (const auto& [op, time] : op_times) {
