@@ -36,8 +36,9 @@ demo: build  ## fetch SmolLM2-135M-Instruct (93 MB), quantize it to 4 bits, ask 
 demo-offline: build  ## the same with a 1 MB story model of this repository: no network, seconds
 	@tools/demo.sh --offline
 
-format:  ## reformat all C++ and CUDA files
+format:  ## reformat all C++ and CUDA files, count the lines of the README's code tour
 	@git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r clang-format -i
+	@tools/check_tree --count
 
 check:  ## format, dependency direction, file sizes
 	@tools/check_tree
