@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
-#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -830,11 +829,10 @@ TEST(Limits, HeaderErrorsAreFastAndSmall) {
   const uint64_t n = 90'000'000;
   write_bytes(model + "/model.safetensors", std::string(reinterpret_cast<const char*>(&n), 8));
   std::filesystem::resize_file(model + "/model.safetensors", uint64_t{10} << 30);
-  const auto start = std::chrono::steady_clock::now();
   const CliResult result = run_tq(dir, logits_of(dir, model));
   EXPECT_EQ(result.exit_code, 3) << result.err;
   EXPECT_LT(result.max_rss_mb, 100);
-  EXPECT_LT(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), 1.0);
+  EXPECT_LT(result.cpu_seconds, 1.0);
 }
 
 }  // namespace
