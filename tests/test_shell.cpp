@@ -245,7 +245,8 @@ TEST(Inspect, ShowsTheDistortionOfEveryLinear) {
   for (size_t i = 0; i < report.size(); ++i) {
     const Json& tensor = json["tensors"][i + 1];
     EXPECT_EQ(tensor["name"], report[i]["name"]);
-    const Json &shown = tensor["distortion"]["weight_snr_db"], &db = report[i]["weight_snr_db"];
+    const Json &shown = tensor.at("distortion").at("weight_snr_db"),
+               &db = report[i]["weight_snr_db"];
     EXPECT_NEAR(shown.get<double>(), db.get<double>(), 0.00051);  // three decimals
   }
 }
