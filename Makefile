@@ -39,8 +39,9 @@ demo-offline: build  ## the same with a 1 MB story model of this repository: no 
 results: build  ## measure every method again and rewrite the table of docs/results.md (hours)
 	@tools/results.py $(ARGS)
 
-format:  ## reformat all C++ and CUDA files
+format:  ## reformat all C++ and CUDA files, count the lines of the README's code tour
 	@git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r clang-format -i
+	@tools/check_tree --count
 
 check:  ## format, dependency direction, file sizes
 	@tools/check_tree

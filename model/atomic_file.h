@@ -12,8 +12,8 @@
 namespace tq {
 
 /// Writes to PATH.tmp-PID in the same folder; finish() flushes to disk and renames. The destructor
-/// of an unfinished file removes it. Every failure throws kIo with the path and the system's
-/// reason.
+/// of an unfinished file removes it; what a killed process left is removed by the next writer of
+/// PATH. Every failure throws kIo with the path and the system's reason.
 class AtomicFile {
  public:
   explicit AtomicFile(const std::string& path);

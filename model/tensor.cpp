@@ -118,7 +118,8 @@ std::vector<float> to_f32(const TensorView& view) {
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
   const auto fail = [&](const char* what) {
-    return Error(ErrorKind::kIo, what, path, std::strerror(errno));
+    const ErrorKind kind = errno == ENOMEM ? ErrorKind::kResource : ErrorKind::kIo;
+    return Error(kind, what, path, std::strerror(errno));
   };
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) throw fail("cannot open file");

@@ -44,6 +44,12 @@ int64_t Matrix::row_bytes() const {
   return 0;
 }
 
+size_t Linear::n_bytes() const {
+  size_t bytes = weight.n_bytes();
+  if (branch_a) bytes += branch_a->n_bytes() + branch_b->n_bytes();
+  return bytes;
+}
+
 int packed_code(const Matrix& matrix, int64_t row, int64_t col) {
   TQ_CHECK(matrix.packed());
   const std::byte* begin = matrix.data + row * matrix.row_bytes();

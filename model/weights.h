@@ -92,6 +92,7 @@ struct Linear {
   int64_t out_dim() const { return weight.rows; }
   int64_t in_dim() const { return weight.cols; }
   int64_t rank() const { return branch_a ? branch_a->rows : 0; }
+  size_t n_bytes() const;  // weight and branch
 };
 
 /// A step of the residual stream: x <- x + (x A^T) B^T, nothing rounded. Where each block has a

@@ -3,6 +3,7 @@
 
 #include <xxhash.h>
 
+#include <cmath>
 #include <cstdio>
 #include <optional>
 
@@ -33,6 +34,19 @@ Json make_fingerprint(const Model& source, const QuantizeOptions& options,
   const Json described = describe_options(options);
   for (const auto& item : described.items()) json[item.key()] = item.value();
   if (calibration) json["calibration"] = hex(calibration->hash);
+  return json;
+}
+
+// What `tq inspect` shows of a report. Three decimals, so that the last bits of a logarithm, which
+// no library promises, are not part of the file.
+Json distortion_json(const LinearReport& report) {
+  Json json;
+  const Json all = to_json(report);
+  for (const char* key : {"weight_snr_db", "output_snr_db", "clipped"}) {
+    if (!all.contains(key)) continue;
+    json[key] = all[key].is_null() ? Json(nullptr)  // exact
+                                   : Json(std::round(1000 * all[key].get<double>()) / 1000);
+  }
   return json;
 }
 
@@ -321,7 +335,11 @@ class Pipeline {
       result_.quantization["calib_hash"] = hex(calibration->hash);
     }
     result_.quantization["bits_per_weight"] = result_.bits_per_weight;
-    writer_.finish(source_.texts, result_.quantization);
+    Json header = result_.quantization;
+    for (const LinearReport& linear : result_.linears) {
+      header["distortion"][linear.name] = distortion_json(linear);
+    }
+    writer_.finish(source_.texts, header);
     result_.file_bytes = writer_.bytes_written();
     if (keeps_results_) store_.remove();
   }

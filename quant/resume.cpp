@@ -50,6 +50,7 @@ class LayerReader {
 
   void take(void* out, size_t bytes) {
     if (bytes > rest_.size()) damaged("it ends early");
+    if (bytes == 0) return;  // an empty vector has no address to copy to
     std::memcpy(out, rest_.data(), bytes);
     rest_.remove_prefix(bytes);
   }

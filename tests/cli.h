@@ -19,7 +19,7 @@ namespace tq {
 struct CliResult {
   int exit_code = -1;  // 128 + signal when killed
   std::string out, err;
-  double max_rss_mb = 0;
+  double max_rss_mb = 0, cpu_seconds = 0;  // unlike the clock, the same on a busy machine
 };
 
 struct CliOptions {
@@ -67,6 +67,10 @@ inline CliResult run_tq(const TempDir& dir, const std::vector<std::string>& args
   if (options.stdout_path.empty()) result.out = read_bytes(out);
   result.err = read_bytes(err);
   result.max_rss_mb = static_cast<double>(usage.ru_maxrss) / 1024;
+  for (const timeval& time : {usage.ru_utime, usage.ru_stime}) {
+    result.cpu_seconds +=
+        static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
+  }
   for (const std::string& file : {in, out, err}) std::filesystem::remove(file);
   return result;
 }

@@ -1,11 +1,13 @@
 // temp_dir - a folder for one test, removed at its end.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <vector>
 
 namespace tq {
 
@@ -27,6 +29,16 @@ class TempDir {
  private:
   std::string path_;
 };
+
+/// Names of what lies in a folder, sorted.
+inline std::vector<std::string> names_in(const std::string& folder) {
+  std::vector<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    names.push_back(entry.path().filename().string());
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
 
 inline std::string read_bytes(const std::string& path) {
   std::ifstream file(path, std::ios::binary);

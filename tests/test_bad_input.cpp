@@ -1,8 +1,8 @@
 // Forty kinds of bad input, as a user meets them: exit code, one line on stderr that names the
 // cause, nothing on stdout, no file left; and the positive twins that must keep working.
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
-#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -456,6 +456,10 @@ std::vector<BadInput> commands() {
               [](const TempDir& dir) {
                 return Args{"run", copy_model(dir), "Once", "-n", "30", "--ctx", "20", "-q"};
               }),
+      command("N32_ChatWithABaseModel", 3, "no chat template",
+              [](const TempDir& dir) {
+                return Args{"chat", copy_model(dir)};
+              }),
       usage("N32_ContextBeyondTheModel", "512", {"run", "MODEL", "Once", "--ctx", "4096", "-q"}),
       usage("N33_UnknownCommand", "did you mean quantize", {"quantise"}),
       usage("N33_UnknownOption", "did you mean --temp", {"run", "MODEL", "x", "--tmp", "1"}),
@@ -466,8 +470,20 @@ std::vector<BadInput> commands() {
       usage("N33_TopP", "--top-p", {"run", "MODEL", "x", "--top-p", "2"}),
       usage("N33_Count", "--max-tokens", {"run", "MODEL", "x", "-n", "99999999999"}),
       usage("N33_SeedTrailing", "--seed", {"run", "MODEL", "x", "--seed", "1x"}),
+      usage("N33_Hexadecimal", "--temp", {"run", "MODEL", "x", "--temp", "0x1"}),
+      usage("N33_EmptyStop", "--stop", {"run", "MODEL", "x", "--stop", ""}),
+      usage("N33_UnknownOptionAlone", "did you mean --help", {"run", "--hlep"}),
+      usage("N33_UnknownOptionOfTq", "did you mean --version", {"--versoin"}),
+      usage("N33_TokenId", "0..511", {"logits", "MODEL", "--ids", "1,512", "-o", "OUT"}),
+      usage("N33_TokenIdText", "--decode", {"tokenize", "MODEL", "--decode", "1,x"}),
+      usage("N33_UnknownTemplate", "qwen3-thinking", {"run", "MODEL", "x", "--template", "zephyr"}),
       usage("N33_NoCommand", "no command", {}),
       usage("N34_RawAndSystem", "--raw", {"run", "MODEL", "x", "--raw", "--system", "y"}),
+      usage("N34_RawAndTemplate", "--raw", {"run", "MODEL", "x", "--raw", "--template", "qwen3"}),
+      command("N34_TemplateWhoseTokensAreMissing", 3, "<|im_start|>",
+              [](const TempDir& dir) {
+                return Args{"run", copy_model(dir), "x", "--template", "qwen3"};
+              }),
       usage("N34_ThinkOnLlama", "--think", {"run", "MODEL", "x", "--think", "-q"}),
       usage("N34_MethodUnknown", "rtn", {"quantize", "MODEL", "-o", "OUT", "--method", "magic"}),
       usage("N34_RankBeyondTheDimension", "rank",
@@ -491,6 +507,21 @@ std::vector<BadInput> commands() {
                 std::filesystem::create_hard_link(model + "/model.safetensors", dir / "o.tq");
                 return Args{"quantize", model, "-o", dir / "o.tq", "--force"};
               }),
+      command("N35_LogitsOverTheModel", 5, "input",
+              [](const TempDir& dir) {
+                write_bytes(dir / "m.tq", tq_bytes());
+                return Args{"logits", dir / "m.tq", "--ids", "1", "-o", dir / "m.tq"};
+              }),
+      command("N35_LogitsOverAFileOfTheFolder", 5, "input",
+              [](const TempDir& dir) {
+                const std::string model = copy_model(dir);
+                return Args{"logits", model, "--ids", "1", "-o", model + "/tokenizer.json"};
+              }),
+      command("N35_OutputIsNoRegularFile", 5, "not a regular file",
+              [](const TempDir& dir) {
+                ::mkfifo((dir / "pipe").c_str(), 0600);
+                return Args{"logits", copy_model(dir), "--ids", "1", "-o", dir / "pipe"};
+              }),
       command("N36_DiskFull", 5, "o.tq",
               [](const TempDir& dir) {
                 return Args{"quantize", copy_model(dir), "-o", dir / "o.tq",
@@ -508,6 +539,13 @@ std::vector<BadInput> commands() {
                 edit_json(model + "/config.json",
                           [](Json& c) { c["max_position_embeddings"] = 16777216; });
                 return Args{"run", model, "Once upon", "--ctx", "16777216", "-q"};
+              },
+              {.memory_limit = rlim_t{2} << 30}),
+      command("N38_FileBeyondTheAddressSpace", 4, "Cannot allocate memory",
+              [](const TempDir& dir) {
+                const std::string model = copy_model(dir);
+                std::filesystem::resize_file(model + "/model.safetensors", uint64_t{10} << 30);
+                return logits_of(dir, model);
               },
               {.memory_limit = rlim_t{2} << 30}),
       command("N39_NoGpu", 4, "--device cpu",
@@ -558,6 +596,9 @@ std::vector<BadInput> all_bad_inputs() {
 class BadInputs : public ::testing::TestWithParam<BadInput> {};
 TEST_P(BadInputs, OneLineTheRightExitCodeAndNothingLost) {
   const BadInput& bad = GetParam();
+#if defined(__SANITIZE_ADDRESS__)
+  if (bad.cli.memory_limit) GTEST_SKIP() << "AddressSanitizer needs terabytes of address space";
+#endif
   TempDir dir;
   const Args args = bad.prepare(dir);
   const std::vector<std::string> before = files_under(dir.path());
@@ -788,11 +829,10 @@ TEST(Limits, HeaderErrorsAreFastAndSmall) {
   const uint64_t n = 90'000'000;
   write_bytes(model + "/model.safetensors", std::string(reinterpret_cast<const char*>(&n), 8));
   std::filesystem::resize_file(model + "/model.safetensors", uint64_t{10} << 30);
-  const auto start = std::chrono::steady_clock::now();
   const CliResult result = run_tq(dir, logits_of(dir, model));
   EXPECT_EQ(result.exit_code, 3) << result.err;
   EXPECT_LT(result.max_rss_mb, 100);
-  EXPECT_LT(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), 1.0);
+  EXPECT_LT(result.cpu_seconds, 1.0);
 }
 
 }  // namespace

@@ -23,15 +23,6 @@ Json fixtures() {
   return parse_json(fixture_text("chat"), "chat");
 }
 
-ChatKind kind_of(const std::string& name) {
-  for (const ChatKind kind :
-       {ChatKind::kChatMLSmol, ChatKind::kQwen3, ChatKind::kLlama30, ChatKind::kLlama31}) {
-    if (name == chat_kind_name(kind)) return kind;
-  }
-  ADD_FAILURE() << name;
-  return ChatKind::kNone;
-}
-
 std::vector<Message> messages_of(const Json& json) {
   std::vector<Message> messages;
   for (const Json& message : json) {
@@ -64,8 +55,8 @@ TEST(Chat, RendersWhatTheModelsTemplateRenders) {
   for (const Json& chat : all["chats"]) {
     ChatOptions options;
     options.think = chat["think"].get<bool>();
-    EXPECT_EQ(render_chat(kind_of(chat["kind"].get<std::string>()), messages_of(chat["messages"]),
-                          options),
+    EXPECT_EQ(render_chat(chat_kind_of_name(chat["kind"].get<std::string>()),
+                          messages_of(chat["messages"]), options),
               chat["text"].get<std::string>())
         << chat["messages"].dump();
   }
@@ -75,7 +66,7 @@ TEST(Chat, IdsEqualTheReferenceTokenizersIdsOfTheRenderedText) {
   const Json all = fixtures();
   const Tokenizer smol = load("smollm2"), qwen = load("qwen3"), llama = load("llama3");
   for (const Json& chat : all["chats"]) {
-    const ChatKind kind = kind_of(chat["kind"].get<std::string>());
+    const ChatKind kind = chat_kind_of_name(chat["kind"].get<std::string>());
     const Tokenizer& tokenizer = kind == ChatKind::kChatMLSmol ? smol
                                  : kind == ChatKind::kQwen3    ? qwen
                                                                : llama;

@@ -47,23 +47,14 @@ class QuantizeCli : public testing::Test {
   // A failure: this exit code, one line that mentions `text`, nothing on stdout, no file appears.
   void expect_failure(int code, const std::string& arguments, const std::string& text,
                       const std::string& prefix = "") {
-    const auto before = files();
+    const auto before = names_in(folder_.path());
     const Outcome result = run(arguments, prefix);
     EXPECT_EQ(result.code, code) << arguments << "\n" << result.err;
     EXPECT_EQ(result.out, "") << arguments;
     EXPECT_TRUE(result.err.starts_with("tq: error: ")) << result.err;
     EXPECT_EQ(std::count(result.err.begin(), result.err.end(), '\n'), 1) << result.err;
     EXPECT_NE(result.err.find(text), std::string::npos) << result.err;
-    EXPECT_EQ(files(), before) << arguments;
-  }
-
-  std::vector<std::string> files() {
-    std::vector<std::string> names;
-    for (const auto& entry : std::filesystem::directory_iterator(folder_.path())) {
-      names.push_back(entry.path().filename().string());
-    }
-    std::sort(names.begin(), names.end());
-    return names;
+    EXPECT_EQ(names_in(folder_.path()), before) << arguments;
   }
 
   std::string output() { return " -o " + (folder_ / "m.tq"); }
@@ -150,11 +141,11 @@ TEST_F(QuantizeCli, TwoRunsGiveTheSameBytes) {
 }
 
 TEST_F(QuantizeCli, DryRunWritesNothing) {
-  const auto before = files();
+  const auto before = names_in(folder_.path());
   const Outcome result = run(kModel + output() + calib() + " --dry-run");
   EXPECT_EQ(result.code, 0) << result.err;
   EXPECT_NE(result.err.find("bits each"), std::string::npos);
-  EXPECT_EQ(files(), before);
+  EXPECT_EQ(names_in(folder_.path()), before);
 }
 
 TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
@@ -171,6 +162,8 @@ TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
   expect_failure(2, kModel + output() + " --branch-bits 8", "--branch-bits");
   expect_failure(2, kModel + output() + calib() + " --keep '('", "regular expression");
   expect_failure(2, kModel + output() + " --calib-length 257", "context");
+  expect_failure(2, kModel + output() + " --seed -1", "--seed");
+  expect_failure(2, kModel + output() + " --seed 99999999999999999999", "--seed");
   expect_failure(2, kModel, "--output");
 }
 
@@ -195,6 +188,9 @@ TEST_F(QuantizeCli, OutputIsNeverOverwrittenUnasked) {
   expect_failure(5, kModel + " --method rtn -o " + (folder_ / "none/m.tq"), "none");
   expect_failure(5, kModel + " --method rtn --force -o " + kModel + "/model.safetensors.index.json",
                  "input");
+  expect_failure(
+      5, kModel + " --method rtn -o " + (folder_ / "n.tq") + " --report " + (folder_ / "./n.tq"),
+      "output itself");
   // A failed run with --force leaves the old file as it was.
   expect_failure(5, kModel + output() + " --force --calib " + (folder_ / "none.txt"), "none.txt");
   EXPECT_EQ(read_bytes(folder_ / "m.tq"), "precious");

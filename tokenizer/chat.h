@@ -38,6 +38,10 @@ struct ChatOptions {
 /// chat_template.jinja. Throws kBadData if both exist and differ.
 ChatKind detect_chat_kind(const ModelTexts& texts, const std::string& where);
 const char* chat_kind_name(ChatKind kind);
+/// Templates that can be rendered, by the names that chat_kind_name() gives them.
+std::vector<std::string> chat_template_names();
+/// The template of such a name; kUnknown for any other.
+ChatKind chat_kind_of_name(const std::string& name);
 
 /// The text the template renders, generation prompt included. For display and fixtures.
 std::string render_chat(ChatKind kind, const std::vector<Message>& messages,

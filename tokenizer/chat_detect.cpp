@@ -123,6 +123,10 @@ std::optional<std::string> template_of_config(const std::string& text, const std
   return std::nullopt;
 }
 
+constexpr ChatKind kRenderedKinds[] = {ChatKind::kChatMLSmol,    ChatKind::kQwen3,
+                                       ChatKind::kQwen3Instruct, ChatKind::kQwen3Thinking,
+                                       ChatKind::kLlama30,       ChatKind::kLlama31};
+
 // Jinja drops one line break at the end of a template.
 std::string_view without_last_newline(std::string_view text) {
   if (text.ends_with('\n')) text.remove_suffix(1);
@@ -168,6 +172,19 @@ const char* chat_kind_name(ChatKind kind) {
       return "llama-3.1";
   }
   return "?";
+}
+
+std::vector<std::string> chat_template_names() {
+  std::vector<std::string> names;
+  for (const ChatKind kind : kRenderedKinds) names.push_back(chat_kind_name(kind));
+  return names;
+}
+
+ChatKind chat_kind_of_name(const std::string& name) {
+  for (const ChatKind kind : kRenderedKinds) {
+    if (name == chat_kind_name(kind)) return kind;
+  }
+  return ChatKind::kUnknown;
 }
 
 }  // namespace tq

@@ -43,7 +43,22 @@ inline std::string type_of(const Json& component, const std::string& what,
   return require_string(component, "type", where);
 }
 
-/// A Sequence holds lists of components; nesting deeper than this is refused.
-constexpr int kMaxNesting = 8;
+/// Calls add(step, type) for a component, or for each one inside it when it is a Sequence, which
+/// keeps its components in `list_key` and may hold Sequences itself.
+template <typename Add>
+void for_each_step(const Json& component, const std::string& what, const char* list_key,
+                   const std::string& where, const Add& add, int depth = 0) {
+  constexpr int kMaxNesting = 8;
+  const std::string type = type_of(component, what, where);
+  if (depth > kMaxNesting) bad_tokenizer(what, where, "nested too deeply");
+  if (type != "Sequence") {
+    add(component, type);
+    return;
+  }
+  check_keys(component, {"type", list_key}, what + " Sequence", where);
+  const Json& steps = require(component, list_key, where);
+  if (!steps.is_array()) bad_tokenizer(list_key, where, "must be a list");
+  for (const Json& step : steps) for_each_step(step, what, list_key, where, add, depth + 1);
+}
 
 }  // namespace tq

@@ -66,7 +66,9 @@ Decoder Decoder::from_json(const Json* json, const std::string& where) {
     decoder.drop_first_marks_ = options.scheme != "never";
   } else {
     decoder.kind_ = Kind::kChain;
-    decoder.add(*json, 0, stage);
+    for_each_step(
+        *json, "decoder", "decoders", where,
+        [&](const Json& step, const std::string& kind) { decoder.add(step, kind, stage); });
   }
   // Without Fuse the reference strips each token, not the text.
   if (decoder.strip_count_ > 0 && !decoder.fuse_) {
@@ -83,15 +85,8 @@ void Decoder::enter(Stage next, Stage& stage, const std::string& type) const {
   stage = next;
 }
 
-void Decoder::add(const Json& json, int depth, Stage& stage) {
-  const std::string type = type_of(json, "decoder", where_);
-  if (depth > kMaxNesting) bad_tokenizer("decoder", where_, "nested too deeply");
-  if (type == "Sequence") {
-    check_keys(json, {"type", "decoders"}, "decoder Sequence", where_);
-    const Json& parts = require(json, "decoders", where_);
-    if (!parts.is_array()) bad_tokenizer("decoders", where_, "must be a list");
-    for (const Json& part : parts) add(part, depth + 1, stage);
-  } else if (type == "Replace") {
+void Decoder::add(const Json& json, const std::string& type, Stage& stage) {
+  if (type == "Replace") {
     enter(Stage::kReplace, stage, type);
     check_keys(json, {"type", "pattern", "content"}, "decoder Replace", where_);
     const Json& pattern = require(json, "pattern", where_);

@@ -29,7 +29,7 @@ class Decoder {
   enum class Kind { kJoin, kByteLevel, kMetaspace, kChain };
   // Stages of the chain, in the only order accepted.
   enum class Stage { kReplace, kByteFallback, kFuse, kStrip };
-  void add(const Json& json, int depth, Stage& stage);
+  void add(const Json& json, const std::string& type, Stage& stage);
   void enter(Stage next, Stage& stage, const std::string& type) const;
   void strip(std::string_view text, DecodeState& state, std::string& out) const;
 

@@ -82,19 +82,14 @@ std::string to_nfc(std::string_view text) {
 Normalizer Normalizer::from_json(const Json* json, const std::string& where) {
   Normalizer normalizer;
   normalizer.where_ = where;
-  if (json) normalizer.add(*json, 0);
+  if (!json) return normalizer;
+  for_each_step(*json, "normalizer", "normalizers", where,
+                [&](const Json& step, const std::string& type) { normalizer.add(step, type); });
   return normalizer;
 }
 
-void Normalizer::add(const Json& json, int depth) {
-  const std::string type = type_of(json, "normalizer", where_);
-  if (depth > kMaxNesting) bad_tokenizer("normalizer", where_, "nested too deeply");
-  if (type == "Sequence") {
-    check_keys(json, {"type", "normalizers"}, "normalizer Sequence", where_);
-    const Json& parts = require(json, "normalizers", where_);
-    if (!parts.is_array()) bad_tokenizer("normalizers", where_, "must be a list");
-    for (const Json& part : parts) add(part, depth + 1);
-  } else if (type == "NFC") {
+void Normalizer::add(const Json& json, const std::string& type) {
+  if (type == "NFC") {
     check_keys(json, {"type"}, "normalizer NFC", where_);
     steps_.push_back({Step::Kind::kNfc, "", std::nullopt});
   } else if (type == "Prepend") {

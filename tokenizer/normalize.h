@@ -29,7 +29,7 @@ class Normalizer {
     std::string content;           // kPrepend, kReplace
     std::optional<Regex> pattern;  // kReplace
   };
-  void add(const Json& json, int depth);
+  void add(const Json& json, const std::string& type);
   std::vector<Step> steps_;
   std::string where_;
 };

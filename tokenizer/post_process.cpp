@@ -11,15 +11,8 @@ class Reader {
   Reader(PostProcessor& out, int64_t n_ids, const std::string& where)
       : out_(out), n_ids_(n_ids), where_(where) {}
 
-  void add(const Json& json, int depth) {
-    const std::string type = type_of(json, "post_processor", where_);
-    if (depth > kMaxNesting) bad_tokenizer("post_processor", where_, "nested too deeply");
-    if (type == "Sequence") {
-      check_keys(json, {"type", "processors"}, "post_processor Sequence", where_);
-      const Json& parts = require(json, "processors", where_);
-      if (!parts.is_array()) bad_tokenizer("processors", where_, "must be a list");
-      for (const Json& part : parts) add(part, depth + 1);
-    } else if (type == "ByteLevel") {
+  void add(const Json& json, const std::string& type) {
+    if (type == "ByteLevel") {
       check_keys(json, {"type", "add_prefix_space", "trim_offsets", "use_regex"}, "ByteLevel",
                  where_);
     } else if (type == "TemplateProcessing") {
@@ -89,7 +82,10 @@ class Reader {
 
 PostProcessor PostProcessor::from_json(const Json* json, int64_t n_ids, const std::string& where) {
   PostProcessor result;
-  if (json) Reader(result, n_ids, where).add(*json, 0);
+  if (!json) return result;
+  Reader reader(result, n_ids, where);
+  for_each_step(*json, "post_processor", "processors", where,
+                [&](const Json& step, const std::string& type) { reader.add(step, type); });
   return result;
 }
 

@@ -92,21 +92,16 @@ MetaspaceOptions metaspace_options(const Json& json, const std::string& where) {
 PreTokenizer PreTokenizer::from_json(const Json* json, const std::string& where) {
   PreTokenizer result;
   result.where_ = where;
-  if (json) result.add(*json, 0);
+  if (!json) return result;
+  for_each_step(*json, "pre_tokenizer", "pretokenizers", where,
+                [&](const Json& step, const std::string& type) { result.add(step, type); });
   return result;
 }
 
-void PreTokenizer::add(const Json& json, int depth) {
-  const std::string type = type_of(json, "pre_tokenizer", where_);
-  if (depth > kMaxNesting) bad_tokenizer("pre_tokenizer", where_, "nested too deeply");
+void PreTokenizer::add(const Json& json, const std::string& type) {
   // After ByteLevel the text is in the byte alphabet; another step would cut that.
   if (byte_level_) bad_tokenizer("pre_tokenizer " + type, where_, "stands after ByteLevel");
-  if (type == "Sequence") {
-    check_keys(json, {"type", "pretokenizers"}, "pre_tokenizer Sequence", where_);
-    const Json& parts = require(json, "pretokenizers", where_);
-    if (!parts.is_array()) bad_tokenizer("pretokenizers", where_, "must be a list");
-    for (const Json& part : parts) add(part, depth + 1);
-  } else if (type == "Split") {
+  if (type == "Split") {
     add_split(json);
   } else if (type == "Digits") {
     check_keys(json, {"type", "individual_digits"}, "Digits", where_);

@@ -39,7 +39,7 @@ class PreTokenizer {
     std::string mark;                // " " (ByteLevel) or the Metaspace replacement
     bool replace_spaces = false;     // Metaspace: ' ' becomes `mark`
   };
-  void add(const Json& json, int depth);
+  void add(const Json& json, const std::string& type);
   void add_split(const Json& json);
   void add_byte_level(const Json& json);
   void add_metaspace(const Json& json);

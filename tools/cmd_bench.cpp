@@ -64,14 +64,11 @@ double read_bandwidth(int threads) {
 // one row; a dense residual basis is used both ways), and the keys and values of the positions
 // before it.
 uint64_t bytes_per_token(const Runtime& runtime, int64_t position, int kv_bits) {
-  uint64_t bytes =
-      runtime.model.lm_head.weight.n_bytes() + 2 * transform_bytes(runtime.model.residual_basis);
+  uint64_t bytes = runtime.model.lm_head.n_bytes() +
+                   transform_bytes(runtime.model.residual_basis) +
+                   transform_bytes(runtime.model.last_basis());
   for (const Layer& layer : runtime.model.layers) {
-    for (const NamedLinear& named : kLayerLinears) {
-      const Linear& linear = layer.*named.member;
-      bytes += linear.weight.n_bytes();
-      if (linear.branch_a) bytes += linear.branch_a->n_bytes() + linear.branch_b->n_bytes();
-    }
+    for (const NamedLinear& named : kLayerLinears) bytes += (layer.*named.member).n_bytes();
     bytes += skip_bytes(layer);
   }
   return bytes + static_cast<uint64_t>(position * kv_token_bytes(runtime.model.config, kv_bits));
@@ -149,10 +146,10 @@ void bench(const BenchOptions& options) {
   }
   char text[512];
   std::snprintf(text, sizeof text,
-                "%s, %d threads\nprefill %lld tokens: %.1f +- %.1f tok/s\ndecode %lld tokens: %.1f "
+                "%s\nprefill %lld tokens: %.1f +- %.1f tok/s\ndecode %lld tokens: %.1f "
                 "+- %.1f tok/s, %.1f MB a token, %.0f %% of %.1f GB/s read bandwidth\n",
-                runtime.backend->name().c_str(), threads, static_cast<long long>(options.prompt),
-                p.mean, p.sd, static_cast<long long>(options.decode), d.mean, d.sd,
+                runtime.backend->name().c_str(), static_cast<long long>(options.prompt), p.mean,
+                p.sd, static_cast<long long>(options.decode), d.mean, d.sd,
                 static_cast<double>(bytes) / 1e6, 100 * share, bandwidth / 1e9);
   std::string out = text;
   for (const auto& [op, time] : op_times) {

@@ -1,8 +1,10 @@
 // cmd_inspect - `tq inspect` (what is in a model) and `tq verify` (is every byte as written).
+#include <cmath>
 #include <cstdio>
 
 #include "model/error.h"
 #include "model/tq_file.h"
+#include "quant/distortion.h"
 #include "tokenizer/chat.h"
 #include "tools/commands.h"
 #include "tools/runtime.h"
@@ -26,12 +28,6 @@ const char* matrix_storage_name(const Matrix& matrix) {
   return "?";
 }
 
-uint64_t linear_bytes(const Linear& linear) {
-  uint64_t bytes = linear.weight.n_bytes();
-  if (linear.branch_a) bytes += linear.branch_a->n_bytes() + linear.branch_b->n_bytes();
-  return bytes;
-}
-
 Json matrix_json(const std::string& name, const Matrix& matrix, uint64_t bytes) {
   const double params = static_cast<double>(matrix.rows) * static_cast<double>(matrix.cols);
   Json json = {{"name", name},
@@ -45,7 +41,7 @@ Json matrix_json(const std::string& name, const Matrix& matrix, uint64_t bytes) 
 
 // One row per linear. Distortion was measured while quantizing and travels in the header.
 Json linear_json(const std::string& name, const Linear& linear, const Json& measured) {
-  Json json = matrix_json(name, linear.weight, linear_bytes(linear));
+  Json json = matrix_json(name, linear.weight, linear.n_bytes());
   json["rank"] = linear.rank();
   json["act_bits"] = linear.act.bits;
   if (linear.act.bits < 16) {
@@ -54,7 +50,7 @@ Json linear_json(const std::string& name, const Linear& linear, const Json& meas
     json["act_full_range"] = linear.act.full_range;
   }
   if (linear.input.active()) json["input_transform_block"] = linear.input.block;
-  if (measured.is_object() && measured.contains(name)) json["distortion"] = measured[name];
+  if (measured.contains(name) && measured[name].is_object()) json["distortion"] = measured[name];
   return json;
 }
 
@@ -93,7 +89,7 @@ Json inspect_json(const Model& model, const Tokenizer& tokenizer) {
       tensors.push_back(
           linear_json("layers." + std::to_string(i) + "." + named.name, linear, measured));
       linear_params += static_cast<uint64_t>(linear.out_dim() * linear.in_dim());
-      linears_bytes += linear_bytes(linear);
+      linears_bytes += linear.n_bytes();
       basis_bytes += transform_bytes(linear.input);
     }
     for (const NamedSkip& named : kLayerSkips) {
@@ -108,13 +104,13 @@ Json inspect_json(const Model& model, const Tokenizer& tokenizer) {
         layer.attn_norm.size() + layer.ffn_norm.size() + layer.q_norm.size() + layer.k_norm.size();
   }
   if (!c.tied) {
-    tensors.push_back(matrix_json("lm_head", model.lm_head.weight, linear_bytes(model.lm_head)));
+    tensors.push_back(matrix_json("lm_head", model.lm_head.weight, model.lm_head.n_bytes()));
   }
   const uint64_t table = static_cast<uint64_t>(c.vocab_size * c.dim);
   const uint64_t params =
       linear_params + other + static_cast<uint64_t>(c.dim) + table * (c.tied ? 1 : 2);
   const uint64_t total_bytes = linears_bytes + basis_bytes + model.tok_embed.n_bytes() +
-                               (c.tied ? 0 : linear_bytes(model.lm_head)) +
+                               (c.tied ? 0 : model.lm_head.n_bytes()) +
                                4 * (other + static_cast<uint64_t>(c.dim));
   Json kv_bytes;
   for (int bits : {32, 16, 8, 4}) kv_bytes[std::to_string(bits)] = kv_token_bytes(c, bits);
@@ -193,9 +189,8 @@ void print_summary(const Json& json) {
                   tensor["shape"][1].get<long long>());
     std::string snr = "-";
     if (tensor.contains("distortion") && tensor["distortion"].contains("weight_snr_db")) {
-      char text[16];
-      std::snprintf(text, sizeof text, "%.2f", tensor["distortion"]["weight_snr_db"].get<double>());
-      snr = text;
+      const Json& db = tensor["distortion"]["weight_snr_db"];  // null: exact
+      snr = decibels(db.is_number() ? db.get<double>() : INFINITY);
     }
     add("  %-22s %14s %6s %6lld %6lld %8.4f %8s\n", tensor["name"].get<std::string>().c_str(), dims,
         tensor["storage"].get<std::string>().c_str(), tensor.value("group", 0LL),

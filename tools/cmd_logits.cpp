@@ -1,9 +1,8 @@
 // cmd_logits - `tq logits`: all logits of a sequence as a NumPy file, to compare with any
 // reference.
-#include <charconv>
-
 #include "model/atomic_file.h"
 #include "model/error.h"
+#include "quant/preflight.h"
 #include "tools/commands.h"
 #include "tools/runtime.h"
 
@@ -14,23 +13,6 @@ struct LogitsOptions {
   std::string model, ids, text, output;
   DeviceOptions device;
 };
-
-std::vector<int32_t> parse_ids(const std::string& list) {
-  std::vector<int32_t> ids;
-  const char* cursor = list.data();
-  const char* end = cursor + list.size();
-  while (true) {
-    int32_t id = 0;
-    const auto [next, error] = std::from_chars(cursor, end, id);
-    if (error != std::errc() || (next != end && *next != ',')) {
-      throw Error(ErrorKind::kUsage, "bad token ids", "--ids " + list,
-                  "expected numbers separated by commas, for example 1,2,3");
-    }
-    ids.push_back(id);
-    if (next == end) return ids;
-    cursor = next + 1;
-  }
-}
 
 // Header of a .npy file, version 1.0: little-endian float32, C order, padded to 64 bytes.
 std::string npy_header(int64_t rows, int64_t cols) {
@@ -48,10 +30,11 @@ void logits(const LogitsOptions& options) {
   if (options.ids.empty() == options.text.empty()) {
     throw Error(ErrorKind::kUsage, "which tokens?", "tq logits", "give --ids or --text, not both");
   }
+  check_output_path(options.output, model_files(options.model), true);
   Runtime runtime(options.model, options.device);
-  const std::vector<int32_t> ids = options.ids.empty()
-                                       ? runtime.tokenizer.encode(options.text, true, true)
-                                       : parse_ids(options.ids);
+  const std::vector<int32_t> ids =
+      options.ids.empty() ? runtime.tokenizer.encode(options.text, true, true)
+                          : parse_ids("--ids", options.ids, runtime.model.config.vocab_size);
   const int64_t count = static_cast<int64_t>(ids.size());
   runtime.checked_ctx(count);
   Session session(runtime.prepared, runtime.session_options(count, options.device.kv_bits));

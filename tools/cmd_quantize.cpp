@@ -162,15 +162,6 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   return options;
 }
 
-std::vector<std::string> files_of(const std::string& folder) {
-  std::vector<std::string> files;
-  std::error_code ignored;
-  for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
-    files.push_back(entry.path().string());
-  }
-  return files;
-}
-
 Model open_source(const std::string& folder) {
   if (!std::filesystem::is_directory(folder) && looks_like_tq(folder)) {
     throw Error(ErrorKind::kBadData, "already quantized", folder, "it is a .tq file",
@@ -340,12 +331,16 @@ void write_report(const std::string& path, const QuantizeResult& result, double 
 
 // The output, and the report if there is one, can be written. Before the model is even opened.
 void check_paths(const QuantizeArguments& args) {
-  std::vector<std::string> inputs = files_of(args.folder);
+  std::vector<std::string> inputs = model_files(args.folder);
   if (!args.calib.empty()) inputs.push_back(args.calib);
   check_output_path(args.output, inputs, args.force);
   if (args.report.empty()) return;
-  inputs.push_back(args.output);
   check_output_path(args.report, inputs, true);
+  if (std::filesystem::weakly_canonical(args.report) ==
+      std::filesystem::weakly_canonical(args.output)) {
+    throw Error(ErrorKind::kIo, "cannot write output", args.report, "it is the output itself",
+                "choose another name for the report");
+  }
 }
 
 void quantize(const QuantizeArguments& args) {
@@ -479,7 +474,9 @@ void add_quantize_command(CLI::App& app) {
   command->add_option("--calib-length", args->calib_length, "tokens a window")
       ->check(number_in(1, 1 << 20))
       ->default_str(std::to_string(QuantizeOptions{}.calib_length));
-  command->add_option("--seed", args->seed, "of random rotations")->capture_default_str();
+  command->add_option("--seed", args->seed, "of random rotations")
+      ->check(number_in(0, 9007199254740992.0))
+      ->capture_default_str();
   command->add_option("--threads", args->threads, "CPU threads; 0 = all cores; never changes bytes")
       ->check(number_in(0, 1024))
       ->capture_default_str();

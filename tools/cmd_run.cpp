@@ -18,7 +18,7 @@ constexpr int64_t kDefaultCtx = 4096;  // a KV cache of the model's own limit ca
 constexpr int64_t kDefaultMaxTokens = 512;
 
 struct RunOptions {
-  std::string model, prompt, file, system;
+  std::string model, prompt, file, system, chat_template;
   int64_t max_tokens = -1, ctx = -1;
   SamplingFlags sampling;
   DeviceOptions device;
@@ -55,23 +55,31 @@ void check_think(ChatKind kind, const RunOptions& options) {
 }
 
 // The template to use, kNone for a raw prompt. Says so when a model has none: a chat prompt sent
-// raw to a base model is a frequent surprise.
-ChatKind choose_template(const Runtime& runtime, const RunOptions& options) {
+// raw to a base model is a frequent surprise. `chatting` needs one.
+ChatKind choose_template(const Runtime& runtime, const RunOptions& options, bool chatting) {
   if (options.raw) {
-    if (!options.system.empty() || options.think || options.no_think) {
+    if (!options.system.empty() || options.think || options.no_think ||
+        !options.chat_template.empty()) {
       throw Error(ErrorKind::kUsage, "contradictory options", "tq run",
-                  "--raw sends the prompt as it is; --system, --think and --no-think need the "
-                  "chat template");
+                  "--raw sends the prompt as it is; --system, --think, --no-think and --template "
+                  "are for a chat template");
     }
     return ChatKind::kNone;
   }
-  const ChatKind kind = detect_chat_kind(runtime.model.texts, runtime.model.source);
+  const ChatKind kind = options.chat_template.empty()
+                            ? detect_chat_kind(runtime.model.texts, runtime.model.source)
+                            : chat_kind_of_name(options.chat_template);
   if (kind == ChatKind::kUnknown) {
     throw Error(ErrorKind::kBadData, "unknown chat template", runtime.model.source,
                 "tq does not know this model's template and will not guess one",
-                "use --raw and write the turn markers yourself with --parse-special");
+                "choose one with --template, or use --raw and write the turn markers yourself with "
+                "--parse-special");
   }
   if (kind == ChatKind::kNone) {
+    if (chatting) {
+      throw Error(ErrorKind::kBadData, "no chat template", options.model, "this is a base model",
+                  "use tq run");
+    }
     if (!options.system.empty()) {
       throw Error(ErrorKind::kUsage, "contradictory options", "tq run",
                   "--system needs a chat template and this model has none");
@@ -141,7 +149,7 @@ Json run_json(const GenerateResult& result, const SamplerOptions& sampling) {
 void run(const RunOptions& options) {
   const std::string text = prompt_text(options);
   Runtime runtime(options.model, options.device);
-  const ChatKind kind = choose_template(runtime, options);
+  const ChatKind kind = choose_template(runtime, options, false);
   const std::vector<int32_t> ids = prompt_ids(runtime, options, kind, text);
   const int64_t n_prompt = static_cast<int64_t>(ids.size());
   const int64_t ctx =
@@ -188,11 +196,7 @@ bool read_turn(bool terminal, std::string& line) {
 
 void chat(const RunOptions& options) {
   Runtime runtime(options.model, options.device);
-  const ChatKind kind = choose_template(runtime, options);
-  if (kind == ChatKind::kNone) {
-    throw Error(ErrorKind::kBadData, "no chat template", options.model, "this is a base model",
-                "use tq run");
-  }
+  const ChatKind kind = choose_template(runtime, options, true);
   const int64_t ctx =
       options.ctx > 0 ? runtime.checked_ctx(options.ctx) : runtime.default_ctx(kDefaultCtx);
   Session session(runtime.prepared, runtime.session_options(ctx, options.device.kv_bits));
@@ -230,7 +234,10 @@ void chat(const RunOptions& options) {
                  std::vector<int32_t>(ids.begin() + static_cast<std::ptrdiff_t>(common), ids.end()),
                  sampler, generate_opts, [](const std::string& piece) { write_stdout(piece); });
     write_stdout("\n");
-    if (result.reason == FinishReason::kInterrupted) std::exit(130);
+    // On a terminal the first Ctrl-C ends the answer, at the next prompt it ends the conversation.
+    if (result.reason == FinishReason::kInterrupted && !(terminal && forget_ctrl_c())) {
+      std::exit(130);
+    }
     if (result.reason == FinishReason::kContextFull) {
       std::fprintf(stderr, "tq: the context of %lld tokens is full\n", static_cast<long long>(ctx));
     }
@@ -240,6 +247,7 @@ void chat(const RunOptions& options) {
     cached.resize(static_cast<size_t>(session.position()));
     if (options.verbose) report(result, runtime);
   }
+  if (interrupted()) std::exit(130);
 }
 
 void add_common_options(CLI::App& command, RunOptions& options) {
@@ -251,9 +259,13 @@ void add_common_options(CLI::App& command, RunOptions& options) {
       ->default_str("4096, or the model's limit if lower");
   add_sampling_options(command, options.sampling);
   command.add_option("--stop", options.stop, "stop before this text; may be repeated")
+      ->check([](const std::string& text) { return std::string(text.empty() ? "is empty" : ""); })
       ->take_all()
       ->allow_extra_args(false);
   command.add_option("--system", options.system, "system text");
+  command.add_option("--template", options.chat_template, "chat template to use")
+      ->check(CLI::IsMember(chat_template_names()))
+      ->default_str("the model's own");
   command.add_flag("--think", options.think, "let a thinking model think (its default)");
   command.add_flag("--no-think", options.no_think, "answer without thinking");
   command.add_option("--date", options.date, "date in the system block of Llama 3.1 and later")

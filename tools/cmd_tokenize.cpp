@@ -1,5 +1,4 @@
 // cmd_tokenize - `tq tokenize`: text to ids and back, to compare with any other tokenizer.
-#include <charconv>
 #include <cstdio>
 
 #include "model/error.h"
@@ -14,27 +13,6 @@ struct TokenizeOptions {
   bool json = false, no_special = false, have_text = false;
 };
 
-std::vector<int32_t> parse_id_list(const std::string& list, const Tokenizer& tokenizer) {
-  std::vector<int32_t> ids;
-  const char* end = list.data() + list.size();
-  for (const char* cursor = list.data(); cursor < end;) {
-    if (*cursor == ' ' || *cursor == ',' || *cursor == '\n') {
-      ++cursor;
-      continue;
-    }
-    int32_t id = -1;
-    const auto [next, error] = std::from_chars(cursor, end, id);
-    if (error != std::errc() || id < 0 || id >= tokenizer.size()) {
-      throw Error(ErrorKind::kUsage, "bad token id", "--decode",
-                  "expected ids in 0.." + std::to_string(tokenizer.size() - 1) +
-                      " separated by commas or spaces");
-    }
-    ids.push_back(id);
-    cursor = next;
-  }
-  return ids;
-}
-
 void tokenize(const TokenizeOptions& options) {
   const int sources = options.have_text + !options.file.empty() + !options.decode.empty();
   if (sources != 1) {
@@ -44,7 +22,8 @@ void tokenize(const TokenizeOptions& options) {
   const Model model = load_model(options.model);
   const Tokenizer tokenizer = open_tokenizer(model);
   if (!options.decode.empty()) {
-    const std::string text = tokenizer.decode(parse_id_list(options.decode, tokenizer), false);
+    const std::string text =
+        tokenizer.decode(parse_ids("--decode", options.decode, tokenizer.size()), false);
     write_stdout(options.json
                      ? Json{{"text", text}}.dump(-1, ' ', false, Json::error_handler_t::replace) +
                            "\n"

@@ -17,5 +17,7 @@ void add_tokenize_command(CLI::App& app);
 void add_inspect_command(CLI::App& app);
 void add_verify_command(CLI::App& app);
 void add_bench_command(CLI::App& app);
+void add_help_command(CLI::App& app);
+void add_completion_command(CLI::App& app);
 
 }  // namespace tq

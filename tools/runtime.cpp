@@ -4,11 +4,13 @@
 #include <sys/resource.h>
 
 #include <cerrno>
+#include <charconv>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <iostream>
 #include <iterator>
 
@@ -81,7 +83,7 @@ int64_t Runtime::default_ctx(int64_t wanted) const {
 int64_t Runtime::checked_ctx(int64_t ctx) const {
   if (ctx > model.config.max_seq_len) {
     throw Error(
-        ErrorKind::kUsage, "context too long", "--ctx " + std::to_string(ctx),
+        ErrorKind::kUsage, "context too long", std::to_string(ctx) + " tokens",
         "the model was trained for " + std::to_string(model.config.max_seq_len) + " positions");
   }
   return ctx;
@@ -105,9 +107,11 @@ CLI::Validator number_in(double low, double high) {
   const std::string range = "[" + text(low) + ", " + text(high) + "]";
   return CLI::Validator(
       [low, high, range](std::string& value) {
-        char* end = nullptr;
-        const double number = std::strtod(value.c_str(), &end);
-        if (value.empty() || *end != '\0' || !std::isfinite(number) || number < low ||
+        double number = 0;
+        const char* end = value.data() + value.size();
+        // from_chars: the whole value, no hexadecimal, no blanks, whatever the locale.
+        const auto [rest, error] = std::from_chars(value.data(), end, number);
+        if (error != std::errc() || rest != end || !std::isfinite(number) || number < low ||
             number > high) {
           return "\"" + value + "\" is not a number in " + range;
         }
@@ -133,6 +137,12 @@ bool interrupted() {
   return g_signal != 0;
 }
 
+bool forget_ctrl_c() {
+  if (g_signal != SIGINT) return false;
+  g_signal = 0;
+  return true;
+}
+
 void check_interrupted() {
   if (interrupted()) throw Error(ErrorKind::kInterrupted, "interrupted", "signal", "stopped");
 }
@@ -141,6 +151,37 @@ uint64_t peak_rss_bytes() {
   rusage usage = {};
   getrusage(RUSAGE_SELF, &usage);
   return static_cast<uint64_t>(usage.ru_maxrss) * 1024;
+}
+
+std::vector<std::string> model_files(const std::string& model) {
+  std::vector<std::string> files = {model};
+  std::error_code ignored;  // not a folder, or none at all: opening the model says so
+  for (const auto& entry : std::filesystem::directory_iterator(model, ignored)) {
+    files.push_back(entry.path().string());
+  }
+  return files;
+}
+
+std::vector<int32_t> parse_ids(const std::string& option, const std::string& list, int64_t n_ids) {
+  std::vector<int32_t> ids;
+  const char* end = list.data() + list.size();
+  for (const char* cursor = list.data(); cursor < end;) {
+    if (*cursor == ' ' || *cursor == ',' || *cursor == '\n') {
+      ++cursor;
+      continue;
+    }
+    int32_t id = -1;
+    const auto [next, error] = std::from_chars(cursor, end, id);
+    if (error != std::errc() || id < 0 || id >= n_ids) {
+      throw Error(ErrorKind::kUsage, "bad token id", option,
+                  "expected ids in 0.." + std::to_string(n_ids - 1) +
+                      " separated by commas or spaces, for example 1,2,3");
+    }
+    ids.push_back(id);
+    cursor = next;
+  }
+  if (ids.empty()) throw Error(ErrorKind::kUsage, "no token ids", option, "the list is empty");
+  return ids;
 }
 
 std::string read_input_text(const std::string& path) {

@@ -52,11 +52,19 @@ void write_stdout(std::string_view text);
 /// ends the process.
 void install_signal_handler();
 bool interrupted();
+/// Forgets a Ctrl-C, so that work may go on. False if the signal was another one.
+bool forget_ctrl_c();
 /// Throws kInterrupted if a signal arrived.
 void check_interrupted();
 
 /// Largest resident memory of this process so far, bytes.
 uint64_t peak_rss_bytes();
+
+/// The files of a model folder, or the .tq file itself: what an output must not replace.
+std::vector<std::string> model_files(const std::string& model);
+
+/// Token ids 0 .. n_ids - 1, separated by commas or blanks. Throws kUsage naming `option`.
+std::vector<int32_t> parse_ids(const std::string& option, const std::string& list, int64_t n_ids);
 
 /// Reads a whole text file, or stdin for "-".
 std::string read_input_text(const std::string& path);

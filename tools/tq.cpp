@@ -52,24 +52,26 @@ CLI::App* chosen_command(CLI::App& app) {
   return commands.empty() ? nullptr : commands.front();
 }
 
-int usage_error(CLI::App& app, const CLI::ParseError& error, int argc, char** argv) {
+int usage_error(CLI::App& app, const CLI::ParseError& error) {
   CLI::App* command = chosen_command(app);
   std::string why = error.what();
   std::string hint = command ? "see tq " + command->get_name() + " --help" : "see tq --help";
-  if (dynamic_cast<const CLI::ExtrasError*>(&error)) {
-    std::vector<std::string> extras = command ? command->remaining() : app.remaining();
-    const std::string word = extras.empty() ? (argc > 1 ? argv[1] : "") : extras.front();
+  const std::vector<std::string> extras = command ? command->remaining() : app.remaining();
+  const std::string word = extras.empty() ? "" : extras.front();
+  const bool is_option = word.size() > 1 && word[0] == '-';
+  // CLI11 reports a missing argument first, even where a misspelt option is the mistake.
+  if (is_option || dynamic_cast<const CLI::ExtrasError*>(&error)) {
     std::vector<std::string> known;
-    if (command) {
-      for (const CLI::Option* option : command->get_options()) {
+    if (is_option) {
+      for (const CLI::Option* option : (command ? *command : app).get_options()) {
         for (const std::string& name : option->get_lnames()) known.push_back("--" + name);
       }
-    } else {
+    } else if (!command) {
       for (const CLI::App* sub : app.get_subcommands({})) known.push_back(sub->get_name());
     }
-    const bool is_option = word.size() > 1 && word[0] == '-';
-    why = std::string(command ? (is_option ? "unknown option " : "unexpected argument ")
-                              : "unknown command ") +
+    why = std::string(is_option ? "unknown option "
+                      : command ? "unexpected argument "
+                                : "unknown command ") +
           word;
     const std::string close = nearest(word, known);
     if (!close.empty()) hint = "did you mean " + close + "? " + hint;
@@ -97,24 +99,13 @@ int run(int argc, char** argv) {
   add_inspect_command(app);
   add_verify_command(app);
   add_bench_command(app);
-  std::string help_topic;
-  CLI::App* help = app.add_subcommand("help", "help for a command");
-  help->add_option("command", help_topic, "name of the command");
+  add_help_command(app);
+  add_completion_command(app);
 
   try {
     app.parse(argc, argv);
-    if (help->parsed() || !chosen_command(app)) {
-      CLI::App* topic = nullptr;
-      for (CLI::App* command : app.get_subcommands({})) {
-        if (command->get_name() == help_topic) topic = command;
-      }
-      if (!help_topic.empty() && !topic) {
-        throw Error(ErrorKind::kUsage, "unknown command", "tq help", help_topic, "see tq --help");
-      }
-      if (!help->parsed()) {
-        throw Error(ErrorKind::kUsage, "no command", "tq", "nothing to do", "see tq --help");
-      }
-      write_stdout(topic ? topic->help("tq " + help_topic) : app.help());
+    if (!chosen_command(app)) {
+      throw Error(ErrorKind::kUsage, "no command", "tq", "nothing to do", "see tq --help");
     }
     return 0;
   } catch (const CLI::CallForVersion& version) {
@@ -122,10 +113,10 @@ int run(int argc, char** argv) {
     return 0;
   } catch (const CLI::CallForHelp&) {
     CLI::App* command = chosen_command(app);
-    write_stdout(command ? command->help() : app.help());
+    write_stdout(command ? command->help("tq") : app.help());
     return 0;
   } catch (const CLI::ParseError& error) {
-    return usage_error(app, error, argc, argv);
+    return usage_error(app, error);
   }
 }
 

@@ -1,0 +1,312 @@
+// test_shell - tq beside a shell: signals, pipes, a terminal, help and completion. Wrong command
+// lines are in test_bad_input.cpp.
+#include <gtest/gtest.h>
+#include <sys/ioctl.h>
+
+#include <cstdlib>
+
+#include "tests/cli.h"
+
+namespace tq {
+namespace {
+
+using Args = std::vector<std::string>;
+
+// tq with pipes on stdout and stderr, or on a terminal of its own.
+class Process {
+ public:
+  explicit Process(const Args& args, bool terminal = false) {
+    int out[2] = {-1, -1};
+    if (terminal) {
+      out[0] = ::posix_openpt(O_RDWR | O_NOCTTY);
+      EXPECT_EQ(::grantpt(out[0]) + ::unlockpt(out[0]), 0);
+    } else {
+      EXPECT_EQ(::pipe(out), 0);
+    }
+    const std::string name = terminal ? ::ptsname(out[0]) : "";
+    child_ = ::fork();
+    if (child_ == 0) {
+      if (terminal) {
+        ::setsid();
+        out[1] = ::open(name.c_str(), O_RDWR);
+        ::ioctl(out[1], TIOCSCTTY, 0);
+        ::dup2(out[1], 0);
+      }
+      ::dup2(out[1], 1);
+      ::dup2(out[1], 2);
+      ::close(out[0]);
+      std::vector<char*> argv = {const_cast<char*>(TQ_BINARY)};
+      for (const std::string& arg : args) argv.push_back(const_cast<char*>(arg.c_str()));
+      argv.push_back(nullptr);
+      ::execv(TQ_BINARY, argv.data());
+      ::_exit(127);
+    }
+    if (!terminal) ::close(out[1]);
+    fd_ = out[0];
+  }
+  ~Process() {
+    close_output();
+    if (child_ <= 0) return;
+    ::kill(child_, SIGKILL);
+    ::waitpid(child_, nullptr, 0);
+  }
+
+  // Reads until `text` has come; false at the end of the output.
+  bool wait_for(const std::string& text) {
+    while (unread_.find(text) == std::string::npos) {
+      char buffer[4096];
+      const ssize_t n = ::read(fd_, buffer, sizeof buffer);
+      if (n <= 0) return false;
+      unread_.append(buffer, static_cast<size_t>(n));
+    }
+    unread_.erase(0, unread_.find(text) + text.size());
+    return true;
+  }
+  void type(const std::string& text) {
+    EXPECT_EQ(::write(fd_, text.data(), text.size()), static_cast<ssize_t>(text.size()));
+  }
+  void send(int signal) { ::kill(child_, signal); }
+  void close_output() {
+    if (fd_ >= 0) ::close(std::exchange(fd_, -1));
+  }
+  // The rest of the output and the exit code, 128 + signal when killed.
+  int finish(std::string* rest = nullptr) {
+    while (fd_ >= 0 && wait_for("\n")) {
+    }
+    if (rest) *rest = unread_;
+    int status = 0;
+    ::waitpid(std::exchange(child_, -1), &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  }
+
+ private:
+  pid_t child_ = -1;
+  int fd_ = -1;
+  std::string unread_;
+};
+
+// stories260k with a long context, so that generating takes a while.
+std::string talkative_model(const TempDir& dir) {
+  const std::string model = copy_model(dir);
+  edit_json(model + "/config.json", [](Json& c) { c["max_position_embeddings"] = 60000; });
+  return model;
+}
+
+const Args kEndless = {"--ctx", "60000", "-n", "50000", "--ignore-eos", "--threads", "1"};
+
+Args endless(Args args) {
+  args.insert(args.end(), kEndless.begin(), kEndless.end());
+  return args;
+}
+
+// The turn markers of ChatML in place of two words that nothing else is merged from.
+std::string chat_model(const TempDir& dir) {
+  const std::string model = talkative_model(dir);
+  edit_json(model + "/tokenizer.json", [](Json& t) {
+    Json &vocab = t["model"]["vocab"], &merges = t["model"]["merges"];
+    const std::string pairs[][2] = {{"\u2581Timmy", "<|im_start|>"}, {"\u2581upon", "<|im_end|>"}};
+    for (const auto& [word, marker] : pairs) {
+      Json kept = Json::array();
+      for (const Json& merge : merges) {
+        std::string made = merge;
+        made.erase(made.find(' '), 1);
+        if (made != word) kept.push_back(merge);
+      }
+      merges = kept;
+      const int id = vocab.at(word);
+      vocab.erase(word);
+      vocab[marker] = id;
+      t["added_tokens"].push_back({{"id", id},
+                                   {"content", marker},
+                                   {"single_word", false},
+                                   {"lstrip", false},
+                                   {"rstrip", false},
+                                   {"normalized", false},
+                                   {"special", true}});
+    }
+  });
+  return model;
+}
+
+// Enough text for GPTQ to work some tenths of a second on every layer of stories260k.
+Args slow_quantize(const TempDir& dir) {
+  std::string text;
+  while (text.size() < 120'000) text += "Once upon a time, there was a little girl named Lily. ";
+  write_bytes(dir / "calib.txt", text);
+  return {"quantize",
+          copy_model(dir),
+          "-o",
+          dir / "m.tq",
+          "--method",
+          "gptq",
+          "--group",
+          "32",
+          "--calib",
+          dir / "calib.txt",
+          "--calib-length",
+          "256",
+          "--calib-samples",
+          "120",
+          "--threads",
+          "1"};
+}
+
+TEST(Signals, InterruptedQuantizeLeavesNoFileAndResumes) {
+  TempDir dir;
+  Args args = slow_quantize(dir);
+  ASSERT_EQ(run_tq(dir, args).exit_code, 0);
+  const std::string whole = read_bytes(dir / "m.tq");
+  std::filesystem::remove(dir / "m.tq");
+  {
+    Process process(args);
+    ASSERT_TRUE(process.wait_for("layer 1/5 done"));
+    process.send(SIGINT);
+    EXPECT_TRUE(process.wait_for("tq: error: interrupted (tq quantize)"));
+    EXPECT_EQ(process.finish(), 130);
+  }
+  EXPECT_EQ(names_in(dir.path()), (Args{"calib.txt", "m.tq.resume", "model"}));
+  args.push_back("--resume");
+  {
+    Process process(args);
+    ASSERT_TRUE(process.wait_for("layer 2/5 done"));
+    process.send(SIGKILL);
+    EXPECT_EQ(process.finish(), 128 + SIGKILL);
+  }
+  const CliResult result = run_tq(dir, args);
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_EQ(names_in(dir.path()), (Args{"calib.txt", "m.tq", "model"}));
+  EXPECT_TRUE(read_bytes(dir / "m.tq") == whole);
+}
+
+TEST(Signals, CtrlCEndsRunAfterTheCurrentToken) {
+  TempDir dir;
+  Process process(endless({"run", talkative_model(dir), "Once", "-q"}));
+  ASSERT_TRUE(process.wait_for(" "));
+  process.send(SIGINT);
+  std::string rest;
+  EXPECT_EQ(process.finish(&rest), 130);
+  EXPECT_EQ(rest, "");  // the text ended with a newline
+}
+
+TEST(Signals, AClosedPipeEndsRunQuietly) {
+  TempDir dir;
+  Process process(endless({"run", talkative_model(dir), "Once", "-q"}));
+  ASSERT_TRUE(process.wait_for(" "));
+  process.close_output();
+  EXPECT_EQ(process.finish(), 128 + SIGPIPE);
+}
+
+TEST(Terminal, CtrlCInChatEndsTheAnswerThenTheConversation) {
+  TempDir dir;
+  Process process(endless({"chat", chat_model(dir), "--template", "chatml-smollm2"}), true);
+  ASSERT_TRUE(process.wait_for("> "));
+  process.type("Once upon a time\n");
+  ASSERT_TRUE(process.wait_for("\n"));  // the echo
+  ASSERT_TRUE(process.wait_for(" "));   // the answer has begun
+  process.type("\x03");
+  ASSERT_TRUE(process.wait_for("\n> "));
+  process.type("\x03");
+  EXPECT_EQ(process.finish(), 130);
+}
+
+TEST(Tokenize, AMegabyteOfOneLetterTakesLessThanASecond) {
+  TempDir dir;
+  write_bytes(dir / "a.txt", std::string(1 << 20, 'a'));
+  const CliResult result =
+      run_tq(dir, {"tokenize", copy_model(dir), "--file", dir / "a.txt", "--json"});
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+#if !defined(__SANITIZE_ADDRESS__)
+  EXPECT_LT(result.cpu_seconds, 1.0);
+#endif
+  const Json ids = Json::parse(result.out)["ids"];
+  EXPECT_GT(ids.size(), 1000u);
+}
+
+TEST(Tokenize, DecodeGivesTheTextBack) {
+  TempDir dir;
+  const std::string model = copy_model(dir);
+  const std::string text = "Once upon a time, there was a \xc3\xa9t\xc3\xa9.";
+  const CliResult ids = run_tq(dir, {"tokenize", model, "--text", text, "--json", "--no-special"});
+  std::string list = Json::parse(ids.out)["ids"].dump();
+  list = list.substr(1, list.size() - 2);
+  EXPECT_EQ(run_tq(dir, {"tokenize", model, "--decode", list}).out, text);
+}
+
+TEST(Inspect, ShowsTheDistortionOfEveryLinear) {
+  TempDir dir;
+  const std::string model = copy_model(dir);
+  ASSERT_EQ(run_tq(dir, {"quantize", model, "-o", dir / "m.tq", "--method", "rtn", "--report",
+                         dir / "r.json", "-q"})
+                .exit_code,
+            0);
+  const Json report = Json::parse(read_bytes(dir / "r.json"))["linears"];
+  const Json json = Json::parse(run_tq(dir, {"inspect", dir / "m.tq", "--json"}).out);
+  ASSERT_EQ(json["tensors"].size(), report.size() + 1);  // the embedding, which is also the head
+  for (size_t i = 0; i < report.size(); ++i) {
+    const Json& tensor = json["tensors"][i + 1];
+    EXPECT_EQ(tensor["name"], report[i]["name"]);
+    const Json &shown = tensor.at("distortion").at("weight_snr_db"),
+               &db = report[i]["weight_snr_db"];
+    EXPECT_NEAR(shown.get<double>(), db.get<double>(), 0.00051);  // three decimals
+  }
+}
+
+TEST(Inspect, CallsACopyExact) {
+  TempDir dir;
+  const std::string model = std::string(TQ_FIXTURES) + "/random-models/llama-tied-bf16-sharded";
+  ASSERT_EQ(run_tq(dir, {"quantize", model, "-o", dir / "m.tq", "--method", "none"}).exit_code, 0);
+  const Json json = Json::parse(run_tq(dir, {"inspect", dir / "m.tq", "--json"}).out);
+  EXPECT_TRUE(json["tensors"][1]["distortion"]["weight_snr_db"].is_null());
+  EXPECT_NE(run_tq(dir, {"inspect", dir / "m.tq"}).out.find(" exact\n"), std::string::npos);
+}
+
+TEST(Help, NamesTheCommandOnce) {
+  TempDir dir;
+  const CliResult help = run_tq(dir, {"help", "run"});
+  EXPECT_NE(help.out.find("Usage: tq run [OPTIONS]"), std::string::npos) << help.out;
+  EXPECT_EQ(run_tq(dir, {"run", "--help"}).out, help.out);
+}
+
+// Options of a command as its help lists them.
+std::vector<std::string> long_options(const std::string& help) {
+  std::vector<std::string> options;
+  for (size_t at = help.find("\nOptions:"); (at = help.find("\n  -", at)) != std::string::npos;
+       ++at) {
+    const size_t begin = help.find("--", at);
+    options.push_back(help.substr(begin, help.find_first_of(" \n,", begin) - begin));
+  }
+  return options;
+}
+
+TEST(Help, ManPageAndCompletionListWhatHelpLists) {
+  TempDir dir;
+  const std::string man = run_tq(dir, {"help", "--man"}).out;
+  write_bytes(dir / "tq.bash", run_tq(dir, {"completion"}).out);
+  const auto completions = [&](const std::string& words, int index) {
+    const std::string script = "source " + dir.path() + "/tq.bash; COMP_WORDS=(" + words +
+                               "); COMP_CWORD=" + std::to_string(index) +
+                               "; _tq; printf '%s ' \"${COMPREPLY[@]}\" > " + dir.path() + "/words";
+    write_bytes(dir / "script", script);
+    EXPECT_EQ(std::system(("bash " + (dir / "script")).c_str()), 0);
+    return " " + read_bytes(dir / "words");
+  };
+  for (const char* command : {"quantize", "run", "chat", "eval", "logits", "tokenize", "inspect",
+                              "verify", "bench", "help", "completion"}) {
+    EXPECT_NE(completions("tq \"\"", 1).find(std::string(" ") + command + " "), std::string::npos);
+    EXPECT_NE(man.find(std::string(".SS tq ") + command + "\n"), std::string::npos);
+    const auto options = long_options(run_tq(dir, {"help", command}).out);
+    EXPECT_GE(options.size(), 1u) << command;
+    const std::string offered = completions(std::string("tq ") + command + " --", 2);
+    for (std::string option : options) {
+      EXPECT_NE(offered.find(" " + option + " "), std::string::npos) << command << " " << option;
+      for (size_t at = 0; (at = option.find('-', at)) != std::string::npos; at += 2) {
+        option.insert(at, "\\");
+      }
+      EXPECT_NE(man.find(option), std::string::npos) << command << " " << option;
+    }
+  }
+  EXPECT_EQ(completions("tq run m", 2), "  ");  // nothing: bash offers files
+}
+
+}  // namespace
+}  // namespace tq
