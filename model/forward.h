@@ -71,7 +71,7 @@ class PreparedModel {
   Backend& backend_;
   std::unique_ptr<PreparedTable> tok_embed_;
   std::unique_ptr<PreparedTransform> residual_basis_, output_basis_;  // null when inactive
-  std::unique_ptr<PreparedTransform> key_basis_;       // of one head, for a cache of codes
+  std::unique_ptr<PreparedTransform> key_basis_;  // of one head, for a cache of codes
   BufferPtr final_norm_;
   std::vector<PreparedLayer> layers_;
   std::unique_ptr<PreparedLinear> lm_head_;

@@ -179,8 +179,8 @@ class Reader {
   // Names that nothing below would ask for; those inside are checked where they are read.
   void check_header(const Config& c) {
     only_keys(header_, "the header",
-              {"tq_format", "quantization", "residual_basis", "output_basis", "linears", "skips", "kv",
-               "tensors"});
+              {"tq_format", "quantization", "residual_basis", "output_basis", "linears", "skips",
+               "kv", "tensors"});
     if (!header_.contains("skips")) return;
     std::set<std::string> names;
     for (int64_t i = 0; i < c.n_layers; ++i) {

@@ -42,8 +42,8 @@ FloatMatrix leading_directions(const FloatMatrix& error, const FloatMatrix& h, i
   FloatMatrix basis = to_float(orthonormalise(start));
   for (int round = 0;; ++round) {
     // E H E^T basis, from the right.
-    const FloatMatrix back = product_tn(error, basis, threads);       // [in, width]
-    const FloatMatrix weighted = product_nn(h, back, threads);        // [in, width]
+    const FloatMatrix back = product_tn(error, basis, threads);  // [in, width]
+    const FloatMatrix weighted = product_nn(h, back, threads);   // [in, width]
     if (round == kRounds) {
       const MatrixRM small = to_double(product_tn(back, weighted, threads));
       const Eigen::SelfAdjointEigenSolver<MatrixRM> eigen((small + small.transpose()) / 2);
@@ -56,17 +56,16 @@ FloatMatrix leading_directions(const FloatMatrix& error, const FloatMatrix& h, i
 }  // namespace
 
 void balance_branch(LowRank& factors, const MatrixRM& narrow, int threads) {
-  const MatrixRM wide = to_double(product_tn(factors.b, factors.b, threads)) /
-                        static_cast<double>(factors.b.rows);
+  const MatrixRM wide =
+      to_double(product_tn(factors.b, factors.b, threads)) / static_cast<double>(factors.b.rows);
   const MatrixRM g = closed_form_gauge((narrow + narrow.transpose()) / 2,
                                        (wide + wide.transpose()) / 2, kMaxCondition, 0, 0);
   factors.a = to_float(g * to_double(factors.a));
   factors.b = to_float(to_double(factors.b) * g.inverse());
 }
 
-FittedBranch round_branch(const LowRank& factors, const FloatMatrix& target,
-                          const SiteStats& stats, const GptqFactor& factor,
-                          const BranchSpec& spec) {
+FittedBranch round_branch(const LowRank& factors, const FloatMatrix& target, const SiteStats& stats,
+                          const GptqFactor& factor, const BranchSpec& spec) {
   FittedBranch result;
   const RoundingSpec rounding{spec.bits, spec.group};
   result.a = round_matrix(factors.a, rounding, &factor, spec.threads).matrix;

@@ -4,10 +4,10 @@
 // L for ||X' (E - L)^T|| is U U^T E, where U [out, r] spans the leading left singular vectors of
 // E H^(1/2) (reduced-rank regression; H = X'^T X'). Stored are B A = L in few bits, with G in GL(r)
 // between the factors chosen in closed form so that their roundings, and that of the narrow input
-// X' A^T, hurt least (gl.h, closed_form_gauge): A <- G U^T E, B <- U G^-1. Then A is rounded by GPTQ in
-// the metric H, B is fitted again by least squares to the narrow input as it will be rounded, and
-// rounded by GPTQ in that input's metric.
-// Not here: branches by SVD (decompose.h). Read next: branch.cpp.
+// X' A^T, hurt least (gl.h, closed_form_gauge): A <- G U^T E, B <- U G^-1. Then A is rounded by
+// GPTQ in the metric H, B is fitted again by least squares to the narrow input as it will be
+// rounded, and rounded by GPTQ in that input's metric. Not here: branches by SVD (decompose.h).
+// Read next: branch.cpp.
 #pragma once
 
 #include "quant/decompose.h"
@@ -37,8 +37,7 @@ void balance_branch(LowRank& factors, const MatrixRM& narrow, int threads);
 
 /// Rounds given factors the same way; B is fitted again so that X' and the rounding of the narrow
 /// input give the outputs X' target^T best.
-FittedBranch round_branch(const LowRank& factors, const FloatMatrix& target,
-                          const SiteStats& stats, const GptqFactor& factor,
-                          const BranchSpec& spec);
+FittedBranch round_branch(const LowRank& factors, const FloatMatrix& target, const SiteStats& stats,
+                          const GptqFactor& factor, const BranchSpec& spec);
 
 }  // namespace tq

@@ -98,8 +98,13 @@ class Learner {
  public:
   Learner(const Model& model, const QuantizeOptions& options, const InputBank& bank,
           const Transform& down, const LearnHooks& hooks)
-      : model_(model), options_(options), bank_(bank), down_(down), hooks_(hooks),
-        n_layers_(model.config.n_layers), rng_(options.seed, kSchedule) {
+      : model_(model),
+        options_(options),
+        bank_(bank),
+        down_(down),
+        hooks_(hooks),
+        n_layers_(model.config.n_layers),
+        rng_(options.seed, kSchedule) {
     const Config& c = model.config;
     residual_.emplace_back(random_hadamard(c.dim, options.seed, kResidualSigns), kResidualRate);
     for (int64_t layer = 0; layer < n_layers_; ++layer) {

@@ -2,13 +2,13 @@
 //
 //   kLearned    one orthogonal Q for the residual stream (SpinQuant's R1, TwinQuant's Q) and one
 //               rotation of the heads a layer (R2)
-//   kLayerwise  one basis for every sublayer, 2 L + 1 in all (ReSpinQuant), started from a learned Q
-//   split svd   Q, R2, and for every linear a G in GL(r) between the factors of its branch
+//   kLayerwise  one basis for every sublayer, 2 L + 1 in all (ReSpinQuant), started from a learned
+//   Q split svd   Q, R2, and for every linear a G in GL(r) between the factors of its branch
 //               (TwinQuant): A <- G A, B <- B G^-1
 //
-// A step visits a few layers with fresh tokens each, sums the gradients, and moves every basis along
-// its manifold: the loss needs no end-to-end pass. Not here: the loss (objective.h), what becomes of
-// the result (learned_basis.h). Read next: learn.cpp, Learner::run().
+// A step visits a few layers with fresh tokens each, sums the gradients, and moves every basis
+// along its manifold: the loss needs no end-to-end pass. Not here: the loss (objective.h), what
+// becomes of the result (learned_basis.h). Read next: learn.cpp, Learner::run().
 #pragma once
 
 #include <functional>
@@ -44,7 +44,7 @@ struct LearnHooks {
 
 struct LearnResult {
   LearnedBasis basis;
-  std::vector<double> losses;     // one a step
+  std::vector<double> losses;      // one a step
   double orthogonality_error = 0;  // largest |B^T B - I| of all bases
 };
 

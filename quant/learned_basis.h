@@ -1,13 +1,13 @@
 // learned_basis - learned orthogonal matrices, and how a layer is folded into them.
 //
 // The residual stream is x B. One global B folds like a Hadamard rotation (rotation.h). With a
-// basis for every sublayer, B_0 .. B_2L, the stream must change from B_k to B_k+1 where a sublayer's
-// output is added: x <- x B_k^T B_k+1, a rank-r rotation I + U (R - I) U^T of the stream at run time
-// (subspace_rotation.h). Truncated to rank r it no longer reaches B_k+1, so the bases that are
-// deployed are defined by the chain of the truncated rotations: the unrounded model stays exact at
-// any rank, and each step aims at the learned basis again.
-// Not here: how the bases are learned (learn.h). Source: ReSpinQuant, arXiv 2604.11080; the exact
-// chain is ours (docs/method.md, section 6). Read next: learned_basis.cpp.
+// basis for every sublayer, B_0 .. B_2L, the stream must change from B_k to B_k+1 where a
+// sublayer's output is added: x <- x B_k^T B_k+1, a rank-r rotation I + U (R - I) U^T of the stream
+// at run time (subspace_rotation.h). Truncated to rank r it no longer reaches B_k+1, so the bases
+// that are deployed are defined by the chain of the truncated rotations: the unrounded model stays
+// exact at any rank, and each step aims at the learned basis again. Not here: how the bases are
+// learned (learn.h). Source: ReSpinQuant, arXiv 2604.11080; the exact chain is ours
+// (docs/method.md, section 6). Read next: learned_basis.cpp.
 #pragma once
 
 #include <array>
@@ -51,8 +51,8 @@ struct DeployedBasis {
 FloatMatrix to_float(const MatrixRM& m);
 MatrixRM to_double(const FloatMatrix& m);
 
-/// Each block of r.cols columns of w, or of r.rows rows, times a rotation: w <- w diag(r, r, ..), or
-/// diag(r, r, ..)^T w.
+/// Each block of r.cols columns of w, or of r.rows rows, times a rotation: w <- w diag(r, r, ..),
+/// or diag(r, r, ..)^T w.
 void rotate_columns_blockwise(FloatMatrix& w, const FloatMatrix& r, int threads);
 void rotate_rows_blockwise(FloatMatrix& w, const FloatMatrix& r, int threads);
 

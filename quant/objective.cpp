@@ -64,9 +64,7 @@ class Objective {
   }
 
  private:
-  Var constant(const FloatMatrix& m) {
-    return tape_.constant({1, m.rows, m.cols}, m.data.data());
-  }
+  Var constant(const FloatMatrix& m) { return tape_.constant({1, m.rows, m.cols}, m.data.data()); }
   Var leaf(const BasisLeaf& basis) {
     const FloatMatrix& m = *basis.matrix;
     return tape_.parameter({1, m.rows, m.cols}, m.data.data(), basis.gradient);

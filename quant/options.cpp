@@ -24,10 +24,10 @@ struct Preset {
 constexpr Preset kPresets[] = {
     {"none", Basis::kNone, RoundingKind::kStore},
     {"rtn", Basis::kNone, RoundingKind::kNearest},
-    {"gptq", Basis::kNone, RoundingKind::kGptq},              // Frantar et al. 2023
-    {"quarot", Basis::kHadamard, RoundingKind::kGptq},        // Ashkboos et al. 2024
-    {"svdquant", Basis::kNone, RoundingKind::kNearest, 32},   // Li et al. 2025
-    {.name = "spinquant",                                     // Liu et al. 2025
+    {"gptq", Basis::kNone, RoundingKind::kGptq},             // Frantar et al. 2023
+    {"quarot", Basis::kHadamard, RoundingKind::kGptq},       // Ashkboos et al. 2024
+    {"svdquant", Basis::kNone, RoundingKind::kNearest, 32},  // Li et al. 2025
+    {.name = "spinquant",                                    // Liu et al. 2025
      .basis = Basis::kLearned,
      .rounding = RoundingKind::kGptqCorrected,
      .full_range = true,

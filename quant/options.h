@@ -35,15 +35,15 @@ struct QuantizeOptions {
   std::string method;  // preset that the parts below started from
   Basis basis = Basis::kNone;
   RoundingKind rounding = RoundingKind::kNearest;
-  int64_t rank = 0;      // of the low-rank branch, 0 = none
+  int64_t rank = 0;  // of the low-rank branch, 0 = none
   Split split = Split::kSvd;
   int branch_bits = 16;     // of its factors: 16, 8 or 4
   int64_t basis_rank = 32;  // kLayerwise: of the rotations between bases; dim = exact
   int bits_w =
       4;  // 3 (stored as 4), 4 or 8; 16 and 32 store the weights of the chosen basis unrounded
-  int bits_a = 8;      // inputs of the linears at run time: 3, 4, 8, or 16 (not rounded)
-  int64_t group = 64;    // columns per scale of the weights: 32, 64 or 128
-  int64_t group_a = 64;  // columns per scale of the inputs
+  int bits_a = 8;           // inputs of the linears at run time: 3, 4, 8, or 16 (not rounded)
+  int64_t group = 64;       // columns per scale of the weights: 32, 64 or 128
+  int64_t group_a = 64;     // columns per scale of the inputs
   bool full_range = false;  // inputs use all codes (model/weights.h, ActQuant); clips are searched
   // 4, 8, 16, or 32 (an f32 source stays f32). Equal for tied embeddings: the file holds one table.
   int embed_bits = 16, head_bits = 16;
@@ -61,9 +61,7 @@ struct QuantizeOptions {
   bool learns_basis() const { return basis == Basis::kLearned || basis == Basis::kLayerwise; }
   /// The branch is rounded with knowledge of the inputs, all of which are kept for that.
   bool rounds_branch() const { return rank > 0 && branch_bits < 16 && uses_gptq(); }
-  bool needs_calibration() const {
-    return uses_gptq() || learns_basis() || refine_steps > 0;
-  }
+  bool needs_calibration() const { return uses_gptq() || learns_basis() || refine_steps > 0; }
   /// A 16-bit copy of the source: nothing is transformed or rounded.
   bool copies_weights() const {
     return rounding == RoundingKind::kStore && basis == Basis::kNone && rank == 0;

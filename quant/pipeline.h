@@ -32,9 +32,9 @@ struct QuantizeHooks {
 struct QuantizeResult {
   std::vector<LinearReport> linears;
   uint64_t file_bytes = 0;
-  double bits_per_weight = 0;  // of all linears, low-rank steps included
-  int64_t n_resumed = 0;       // layers taken from an interrupted run
-  Json quantization;           // as stored in the file, but for the distortion
+  double bits_per_weight = 0;                       // of all linears, low-rank steps included
+  int64_t n_resumed = 0;                            // layers taken from an interrupted run
+  Json quantization;                                // as stored in the file, but for the distortion
   std::vector<double> basis_losses, refine_losses;  // one a step
 };
 

@@ -7,8 +7,8 @@
 #include "model/weights.h"
 #include "quant/calibrate.h"
 #include "quant/distortion.h"
-#include "quant/options.h"
 #include "quant/learned_basis.h"
+#include "quant/options.h"
 #include "quant/rotation.h"
 
 namespace tq {

@@ -31,8 +31,8 @@ struct Scales {
   }
   Var on(Tape& tape) {
     const Matrix view = matrix.view();
-    return scale_codes(view, tape.parameter({1, view.rows, view.n_groups()}, values.data(),
-                                            gradient.data()));
+    return scale_codes(
+        view, tape.parameter({1, view.rows, view.n_groups()}, values.data(), gradient.data()));
   }
   // Adam in the logarithm of the scale, whose gradient is value * gradient.
   void step(double rate, int64_t t) {
@@ -117,11 +117,11 @@ class Student {
     Tape tape(kernels_for(best_isa()), options_.threads);
     Var x = tape.constant({1, rows, config_.dim}, embedded.data());
     for (size_t index = 0; index < layers_.size(); ++index) {
-      x = checkpoint(
-          tape, [this, index](Tape& inner, const std::vector<Var>& in) {
-            return layer(inner, index, in[0]);
-          },
-          {x});
+      x = checkpoint(tape,
+                     [this, index](Tape& inner, const std::vector<Var>& in) {
+                       return layer(inner, index, in[0]);
+                     },
+                     {x});
     }
     const Var head = tape.constant({1, head_.rows, head_.cols}, head_.data.data());
     const Var target = final_hidden(tape.constant({1, rows, config_.dim}, reference));
@@ -180,12 +180,13 @@ class Student {
     k = rope(k, rope_, config_.n_kv_heads, 1);
     Var mixed = causal_attention(q, k, v, {config_.n_heads, config_.n_kv_heads, 1});
     rounded = round_input(mixed, linears[kWo].linear->act);
-    Var stream = add(skipped(tape, x, skips_[index].first), run(tape, linears[kWo], mixed, rounded));
+    Var stream =
+        add(skipped(tape, x, skips_[index].first), run(tape, linears[kWo], mixed, rounded));
 
     in = gained(rms_norm(stream, config_.norm_eps), norms.ffn_norm);
     rounded = round_input(in, linears[kWGate].linear->act);
-    Var hidden = silu_mul(run(tape, linears[kWGate], in, rounded),
-                          run(tape, linears[kWUp], in, rounded));
+    Var hidden =
+        silu_mul(run(tape, linears[kWGate], in, rounded), run(tape, linears[kWUp], in, rounded));
     if (linears[kWDown].linear->input.active()) hidden = hadamard(hidden, down_);
     rounded = round_input(hidden, linears[kWDown].linear->act);
     return add(skipped(tape, stream, skips_[index].second),
@@ -277,8 +278,8 @@ std::vector<double> refine_scales(std::vector<OwnedLayer>& layers, const RefineI
       kl += student.learn_from(order[next++ % order.size()]) / kSequences;
     }
     const double done = static_cast<double>(step) / static_cast<double>(options.refine_steps);
-    const double warm = std::min(1.0, static_cast<double>(step + 1) /
-                                          (kWarmUp * static_cast<double>(options.refine_steps)));
+    const double warm = std::min(
+        1.0, static_cast<double>(step + 1) / (kWarmUp * static_cast<double>(options.refine_steps)));
     student.step(kRate * warm * 0.5 * (1.0 + std::cos(std::numbers::pi * done)), step + 1);
     losses.push_back(kl);
     hooks.progress(step + 1, options.refine_steps, kl);

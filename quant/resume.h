@@ -1,8 +1,9 @@
 // resume - results of finished layers, kept beside the output until it is complete.
 //
-// OUT.resume/ holds fingerprint.json (what the results depend on), learned.bin, layer-00000.bin ... Each
-// appears atomically, so a killed run leaves only whole files. A file is: "TQLAYER2", the length of
-// a JSON description (u64), the description, the arrays it names in order, XXH3-64 of all that.
+// OUT.resume/ holds fingerprint.json (what the results depend on), learned.bin, layer-00000.bin ...
+// Each appears atomically, so a killed run leaves only whole files. A file is: "TQLAYER2", the
+// length of a JSON description (u64), the description, the arrays it names in order, XXH3-64 of all
+// that.
 #pragma once
 
 #include <cstdint>

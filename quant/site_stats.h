@@ -19,8 +19,8 @@
 namespace tq {
 
 /// The site that a linear reads, by LinearIndex.
-inline constexpr Site kSiteOf[kNLinears] = {Site::kAttnIn, Site::kAttnIn, Site::kAttnIn,
-                                            Site::kAttnOut, Site::kFfnIn, Site::kFfnIn,
+inline constexpr Site kSiteOf[kNLinears] = {Site::kAttnIn,  Site::kAttnIn, Site::kAttnIn,
+                                            Site::kAttnOut, Site::kFfnIn,  Site::kFfnIn,
                                             Site::kFfnMid};
 
 /// x [rows, cols] as a linear with this rounding sees it: scale * code.

@@ -64,8 +64,7 @@ double read_bandwidth(int threads) {
 // one row; a dense residual basis is used both ways), and the keys and values of the positions
 // before it.
 uint64_t bytes_per_token(const Runtime& runtime, int64_t position, int kv_bits) {
-  uint64_t bytes = runtime.model.lm_head.n_bytes() +
-                   transform_bytes(runtime.model.residual_basis) +
+  uint64_t bytes = runtime.model.lm_head.n_bytes() + transform_bytes(runtime.model.residual_basis) +
                    transform_bytes(runtime.model.last_basis());
   for (const Layer& layer : runtime.model.layers) {
     for (const NamedLinear& named : kLayerLinears) bytes += (layer.*named.member).n_bytes();

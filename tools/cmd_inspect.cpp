@@ -81,7 +81,8 @@ Json inspect_json(const Model& model, const Tokenizer& tokenizer) {
   tensors.push_back(matrix_json("tok_embed", model.tok_embed, model.tok_embed.n_bytes()));
   uint64_t linear_params = 0, linears_bytes = 0, other = 0;
   // What changes of basis take in the file, beside the linears.
-  uint64_t basis_bytes = transform_bytes(model.residual_basis) + transform_bytes(model.output_basis);
+  uint64_t basis_bytes =
+      transform_bytes(model.residual_basis) + transform_bytes(model.output_basis);
   for (size_t i = 0; i < model.layers.size(); ++i) {
     const Layer& layer = model.layers[i];
     for (const NamedLinear& named : kLayerLinears) {
