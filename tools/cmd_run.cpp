@@ -4,6 +4,7 @@
 // generate.cpp.
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdio>
 #include <iostream>
 
@@ -190,8 +191,13 @@ void run(const RunOptions& options) {
 
 // One line of user text; false at the end of input.
 bool read_turn(bool terminal, std::string& line) {
+  // While tq waits a signal just ends it. A flag set right before read() would go unnoticed.
+  for (int signal : {SIGINT, SIGTERM, SIGHUP}) std::signal(signal, SIG_DFL);
+  if (interrupted()) std::exit(130);
   if (terminal) std::fprintf(stderr, "> ");
-  return static_cast<bool>(std::getline(std::cin, line));
+  const bool read = static_cast<bool>(std::getline(std::cin, line));
+  install_signal_handler();
+  return read;
 }
 
 void chat(const RunOptions& options) {
@@ -247,7 +253,6 @@ void chat(const RunOptions& options) {
     cached.resize(static_cast<size_t>(session.position()));
     if (options.verbose) report(result, runtime);
   }
-  if (interrupted()) std::exit(130);
 }
 
 void add_common_options(CLI::App& command, RunOptions& options) {
