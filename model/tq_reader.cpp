@@ -121,6 +121,8 @@ class Reader {
     if (model.texts.tokenizer.empty()) throw bad(path_, "text.tokenizer is missing");
     model.config = parse_config(model.texts.config, path_ + ": config.json");
     model.quantization = require(header_, "quantization", path_);
+    if (!model.quantization.is_object()) throw bad(path_, "quantization is not an object");
+    require_string(model.quantization, "method", path_);
     const Config& c = model.config;
     check_header(c);
 

@@ -14,6 +14,7 @@
 #include <fstream>
 
 #include "model/error.h"
+#include "quant/learn.h"
 
 namespace tq {
 namespace {
@@ -42,6 +43,29 @@ uint64_t table_size(int64_t vocab, int64_t dim, int bits, int64_t group) {
          (bits < 16 ? static_cast<uint64_t>(vocab) * n_groups * 2 : 0);
 }
 
+// The inputs of all layers, from which a basis is learned, and what one visit of a layer needs.
+uint64_t learning_memory(const QuantizeOptions& options, const Config& c, uint64_t layer) {
+  if (!options.learns_basis()) return 0;
+  const uint64_t widths = static_cast<uint64_t>(2 * c.dim + c.q_dim() + c.hidden_dim);
+  const uint64_t bank = 4 * static_cast<uint64_t>(InputBank::kTokens * c.n_layers) * widths;
+  const uint64_t bases = options.basis == Basis::kLayerwise ? 2 * c.n_layers + 1 : 1;
+  // f64 matrix, two moments and generator, f32 copy and gradient.
+  return bank + 6 * layer + bases * 40 * static_cast<uint64_t>(c.dim * c.dim);
+}
+
+// All codes and scales, the head in f32, the stream before every layer, one layer on the tape.
+uint64_t refining_memory(const QuantizeOptions& options, const Config& c, uint64_t layer,
+                         uint64_t layer_bytes) {
+  if (options.refine_steps == 0) return 0;
+  const uint64_t n_layers = static_cast<uint64_t>(c.n_layers);
+  const uint64_t scales = 20 * n_layers * layer / 4 / static_cast<uint64_t>(options.group);
+  const uint64_t head = 4 * static_cast<uint64_t>(c.vocab_size * c.dim);
+  const uint64_t stream = 4 * static_cast<uint64_t>(options.calib_length * c.dim) * (n_layers + 2);
+  const uint64_t activations = 4 * static_cast<uint64_t>(options.calib_length) *
+                               static_cast<uint64_t>(12 * c.dim + 8 * c.q_dim() + 8 * c.hidden_dim);
+  return n_layers * layer_bytes + scales + head + stream + activations + 2 * layer;
+}
+
 // One layer in flight, its second moments, and the stream of all tokens (see pipeline.cpp).
 uint64_t estimate_memory(const QuantizeOptions& options, const Config& c, uint64_t layer_weights,
                          uint64_t layer_bytes, int64_t n_tokens) {
@@ -51,7 +75,13 @@ uint64_t estimate_memory(const QuantizeOptions& options, const Config& c, uint64
   const uint64_t layer = 4 * layer_weights;
   uint64_t moments = 0, factor = 0, stream = 0;
   if (n_tokens > 0) {
-    moments = 8 * (2 * square(c.dim) + square(c.q_dim()) + square(c.hidden_dim));
+    // Second moments in f64, with correction the drift in f32.
+    moments = (options.rounding == RoundingKind::kGptqCorrected ? 12 : 8) *
+              (2 * square(c.dim) + square(c.q_dim()) + square(c.hidden_dim));
+    if (options.rounds_branch()) {
+      moments += 4 * static_cast<uint64_t>(n_tokens) *
+                 static_cast<uint64_t>(2 * c.dim + c.q_dim() + c.hidden_dim);
+    }
     factor = 12 * square(std::max({c.dim, c.q_dim(), c.hidden_dim}));
     stream =
         4 * static_cast<uint64_t>(n_tokens * c.dim) +
@@ -63,7 +93,9 @@ uint64_t estimate_memory(const QuantizeOptions& options, const Config& c, uint64
                             (options.rank > 0 ? 24 * largest : 0);
   const uint64_t table = static_cast<uint64_t>(c.vocab_size * c.dim) *
                          (std::min(options.embed_bits, options.head_bits) < 16 ? 5 : 2);
-  return kBaseMemory + std::max({calibrating, rounding, table});
+  const uint64_t refining = stream + refining_memory(options, c, layer, layer_bytes);
+  return kBaseMemory +
+         std::max({learning_memory(options, c, layer), calibrating, rounding, refining, table});
 }
 
 uint64_t first_number(const char* path) {

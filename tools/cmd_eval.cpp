@@ -6,6 +6,7 @@
 // dropped; every window starts cold and scores its last ctx - 1 tokens. Numbers of other protocols
 // are not comparable: the output names this one, docs/results.md says where it comes from.
 #include <omp.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -194,18 +195,21 @@ void eval_text(const EvalOptions& options) {
   Evaluator evaluator(runtime, reference.get(), options);
   Scores scores;
   const Clock::time_point start = Clock::now();
+  const bool terminal = isatty(STDERR_FILENO) == 1;
   for (int64_t w = 0; w < windows; ++w) {
     check_interrupted();
     evaluator.window(std::span(ids).subspan(static_cast<size_t>(w * options.ctx),
                                             static_cast<size_t>(options.ctx)),
                      scores);
-    if (!options.quiet) {
-      std::fprintf(stderr, "\rtq: window %lld/%lld, perplexity so far %.4f",
+    // A line redrawn on a terminal; elsewhere one line for every tenth of the way.
+    const bool tenth = (w + 1) * 10 / windows != w * 10 / windows;
+    if (!options.quiet && (terminal || tenth)) {
+      std::fprintf(stderr, "%stq: window %lld/%lld, perplexity so far %.4f%s", terminal ? "\r" : "",
                    static_cast<long long>(w + 1), static_cast<long long>(windows),
-                   std::exp(sum(scores.nll) / static_cast<double>(scores.nll.size())));
+                   std::exp(sum(scores.nll) / static_cast<double>(scores.nll.size())),
+                   terminal && w + 1 < windows ? "" : "\n");
     }
   }
-  if (!options.quiet) std::fprintf(stderr, "\n");
   const double seconds = seconds_since(start);
   const double count = static_cast<double>(scores.nll.size());
   const double nll = sum(scores.nll) / count;
