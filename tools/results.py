@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """results - the table of docs/results.md, made again from the models by one command.
 
-Each row of ROWS is quantized, then evaluated on WikiText-2 with the KL divergence from its own
-folder. What came out is kept in results/, one JSON file a run; a run whose command line and version
-of tq are found there is not repeated, so the script may be interrupted at any time. At the end the
-block between the two `results:` marks of docs/results.md is written anew from all runs of this
-table that are there. Delete results/ to measure again. Standard library only.
+Each row of ROWS is quantized, then evaluated on WikiText-2, and on its first windows compared with
+its own folder (KL divergence, top-1 agreement). What came out is kept in results/, one JSON file a
+run; a run whose command line and version of tq are found there, on as many windows, is not
+repeated, so the script may be interrupted at any time. At the end the block between the two
+`results:` marks of docs/results.md is written anew from all runs of this table that are there.
+Delete results/ to measure again. Standard library only.
 """
 
 import argparse
@@ -40,6 +41,10 @@ ROWS = [
     Row("QuaRot W4A4KV4", "--method quarot --bits-a 4", "--kv-bits 4"),
     Row("QuaRot W3A3", "--method quarot --bits-w 3 --bits-a 3"),
     Row("SVDQuant r32 W4A4", "--method svdquant --rank 32 --bits-a 4"),
+    Row("QuaRot W4A4, all codes, corrected",
+        "--method quarot --rounding gptq-ls --act-codes all --bits-a 4"),
+    Row("SpinQuant W4A4, symmetric codes, plain GPTQ",
+        "--method spinquant --rounding gptq --act-codes symmetric --bits-a 4"),
     Row("SpinQuant W4A4", "--method spinquant --bits-a 4", seeds=3),
     Row("ReSpinQuant r0 W4A4", "--method respinquant --basis-rank 0 --bits-a 4"),
     Row("ReSpinQuant r8 W4A4", "--method respinquant --basis-rank 8 --bits-a 4"),
@@ -50,10 +55,15 @@ ROWS = [
     Row("TwinQuant SVD r128 W4A4", "--method twinquant --split svd --rank 128 --bits-a 4"),
     Row("TwinQuant r32 W4A4", "--method twinquant --rank 32 --bits-a 4", seeds=3),
     Row("TwinQuant r128 W4A4", "--method twinquant --rank 128 --bits-a 4", seeds=3),
-    Row("TwinQuant r128 W4A8", "--method twinquant --rank 128 --bits-a 8"),
-    Row("TwinQuant r128 W4A4KV4", "--method twinquant --rank 128 --bits-a 4", "--kv-bits 4"),
-    Row("TwinQuant r128 W3A3", "--method twinquant --rank 128 --bits-w 3 --bits-a 3"),
+    Row("TwinQuant r32 W4A4, inputs in groups of 32",
+        "--method twinquant --rank 32 --bits-a 4 --group-a 32 --refine-steps 48"),
+    Row("TwinQuant r32 W4A8", "--method twinquant --rank 32 --refine-steps 48"),
+    Row("TwinQuant r32 W4A4KV4", "--method twinquant --rank 32 --bits-a 4", "--kv-bits 4"),
+    Row("TwinQuant r32 W3A3", "--method twinquant --rank 32 --bits-w 3 --bits-a 3"),
 ]
+
+# Windows of the comparison with the folder, which takes twice the time of a perplexity.
+KL_WINDOWS = 12
 
 # Methods and roundings that refuse a calibration text.
 UNCALIBRATED = {"rtn", "svdquant"}
@@ -105,8 +115,6 @@ def plan(args):
                     if args.calib and not UNCALIBRATED & set(quantize):
                         quantize += ["--calib", args.calib]
                 evaluate = shlex.split(row.evaluate)
-                if args.windows:
-                    evaluate += ["--windows", str(args.windows)]
                 key = json.dumps([model_name(folder), quantize, evaluate])
                 digest = sha256(key.encode())[:12]
                 slug = re.sub(r"[^a-z0-9]+", "-", f"{row.name}-{seed}".lower())
@@ -121,19 +129,20 @@ def commands(run):
     quantize = None
     if run.quantize is not None:
         quantize = shlex.join(["tq", "quantize", name, "-o", "M.tq", *run.quantize])
-    kl = ["--kl", name] if run.quantize is not None else []
-    return quantize, shlex.join(["tq", "eval", target, "--text", "TEXT", *kl, *run.evaluate])
+    return quantize, shlex.join(["tq", "eval", target, "--text", "TEXT", *run.evaluate])
 
 
-def load(run, version, text_sha256):
-    """The stored result of this very run by this version of tq on this text, or None."""
+def load(run, version, text_sha256, windows=1):
+    """The stored result of this very run by this version of tq on this text, or None.
+    windows: how many it must have; 0: all that the text has."""
     try:
         with open(run.path, encoding="utf-8") as file:
             stored = json.load(file)
     except (OSError, ValueError):
         return None
     same = (stored["version"] == version and stored["commands"] == list(commands(run))
-            and stored["eval"]["text_sha256"] == text_sha256)
+            and stored["eval"]["text_sha256"] == text_sha256
+            and (stored["all_windows"] or 0 < windows <= stored["eval"]["windows"]))
     return stored if same else None
 
 
@@ -146,24 +155,28 @@ def call(command):
 
 def measure(run, args, text, version):
     threads = ["--threads", str(args.threads)] if args.threads else []
-    target, kl, report = run.model, [], None
+    target, report, kl = run.model, None, None
     stem = run.path[:-len(".json")]
     try:
         if run.quantize is not None:
-            target, kl = stem + ".tq", ["--kl", run.model]
+            target = stem + ".tq"
             call([args.tq, "quantize", run.model, "-o", target, "--force", "--quiet", "--report",
                   stem + ".report", *run.quantize, *threads])
             with open(stem + ".report", encoding="utf-8") as file:
                 report = json.load(file)
             del report["linears"]
-        evaluation = json.loads(call([args.tq, "eval", target, "--text", text, "--json", "-q", *kl,
-                                      *run.evaluate, *threads]))
+        evaluate = [args.tq, "eval", target, "--text", text, "--json", "-q", *run.evaluate, *threads]
+        windows = ["--windows", str(args.windows)] if args.windows else []
+        evaluation = json.loads(call(evaluate + windows))
+        if run.quantize is not None:
+            few = min(KL_WINDOWS, evaluation["windows"])
+            kl = json.loads(call(evaluate + ["--windows", str(few), "--kl", run.model]))
     finally:
         for path in (stem + ".tq", stem + ".report"):
             if os.path.exists(path):
                 os.remove(path)
     result = {"version": version, "commands": commands(run), "quantize": report, "eval": evaluation,
-              "date": datetime.date.today().isoformat(), "machine": machine(args.threads)}
+              "kl": kl, "all_windows": not args.windows, "date": datetime.date.today().isoformat(), "machine": machine(args.threads)}
     with open(stem + ".tmp", "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1)
     os.replace(stem + ".tmp", run.path)
@@ -214,6 +227,7 @@ def table_line(row, model, results):
     """One Markdown row from the results of its seeds."""
     reports = [result["quantize"] for result in results if result["quantize"]]
     evals = [result["eval"] for result in results]
+    kls = [result["kl"] for result in results if result["kl"]]
     error = max(e["ppl"] * e["stderr"] for e in evals)
     quantize, evaluate = results[0]["commands"]
     command = f"`{quantize}`" if quantize else f"`{evaluate}`"
@@ -221,11 +235,12 @@ def table_line(row, model, results):
         command += f", eval `{row.evaluate}`"
     if len(results) > 1:
         command += f", {len(results)} seeds"
-    cells = [model_name(model), row.name, spread([e["ppl"] for e in evals], 3), f"{error:.2f}"]
+    cells = [model_name(model), row.name, spread([e["ppl"] for e in evals], 3), f"{error:.2f}",
+             str(min(e["windows"] for e in evals))]
     if reports:
         cells.insert(2, f"{max(r['bits_per_weight'] for r in reports):.4f}")
-        cells += [spread([e["kl_mean"] for e in evals], 4),
-                  spread([100 * e["top1_agreement"] for e in evals], 2),
+        cells += [spread([kl["kl_mean"] for kl in kls], 4),
+                  spread([100 * kl["top1_agreement"] for kl in kls], 2),
                   f"{max(r['seconds'] for r in reports):.0f}",
                   f"{max(r['peak_rss_bytes'] for r in reports) / 1e6:.0f}"]
     else:
@@ -235,25 +250,25 @@ def table_line(row, model, results):
 
 
 def render(runs, version, text_sha256):
-    """The block of the document: one line for each row of which all seeds are there."""
+    """The block of the document: one line for each row that was measured."""
     lines, shown = [], []
     groups = {}
     for run in runs:
         groups.setdefault((run.model, run.row), []).append(load(run, version, text_sha256))
     for (model, row), results in groups.items():
-        if all(results):
+        results = [result for result in results if result]
+        if results:
             lines.append(table_line(row, model, results))
             shown += results
     if not lines:
         fail("nothing to write: no run of this table is in results/")
-    facts = {"windows": {str(r["eval"]["windows"]) for r in shown},
-             "machine": {r["machine"] for r in shown}}
+    machines = sorted({r["machine"] for r in shown})
     dates = sorted({r["date"] for r in shown})
     period = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    caption = (f"{version}, {period}, {'; '.join(sorted(facts['machine']))}. Text sha256 "
-               f"{text_sha256[:12]}..., {', '.join(sorted(facts['windows']))} windows of "
-               f"{shown[0]['eval']['ctx']} tokens: {shown[0]['eval']['protocol']}.")
-    head = ["model", "row", "bits per weight of linears", "perplexity", "+-", "KL mean", "top-1 %",
+    caption = (f"{version}, {period}, {'; '.join(machines)}. Text sha256 {text_sha256[:12]}..., "
+               f"windows of {shown[0]['eval']['ctx']} tokens: {shown[0]['eval']['protocol']}. KL and "
+               f"top-1 agreement with the folder: first {KL_WINDOWS} windows.")
+    head = ["model", "row", "bits per weight of linears", "perplexity", "+-", "windows", "KL mean", "top-1 %",
             "quantizing, s", "peak MB", "command"]
     return "\n".join([BEGIN, caption, "", "| " + " | ".join(head) + " |",
                       "|" + "---|" * len(head), *lines, END])
@@ -290,7 +305,7 @@ def main():
     runs = list(plan(args))
     failed = set()
     for run in runs:
-        if not re.search(args.only, run.row.name) or load(run, version, text_sha256):
+        if not re.search(args.only, run.row.name) or load(run, version, text_sha256, args.windows):
             continue
         if run.row.name in failed:
             continue
