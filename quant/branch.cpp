@@ -90,10 +90,14 @@ FittedBranch round_branch(const LowRank& factors, const FloatMatrix& target, con
   b = solve_right(b, narrow, spec.threads);
   result.b = round_matrix(b, rounding, &narrow, spec.threads).matrix;
 
-  // What the branch puts out, regressed on X': B' (h^T X') (H + damping)^-1.
-  FloatMatrix transposed{cross.cols, cross.rows, std::vector<float>(cross.data.size())};
+  // What the branch puts out, regressed on X' and drawn towards B' A', which it is where inputs
+  // say little: B' (h^T X' + damping A') (H + damping)^-1.
+  FloatMatrix transposed = to_float_matrix(result.a.view());
   for (int64_t i = 0; i < cross.rows; ++i) {
-    for (int64_t j = 0; j < cross.cols; ++j) transposed.row(j)[i] = cross.row(i)[j];
+    for (int64_t j = 0; j < cross.cols; ++j) {
+      float& value = transposed.row(j)[i];
+      value = cross.row(i)[j] + static_cast<float>(factor.damping) * value;
+    }
   }
   result.seen = product_nn(to_float_matrix(result.b.view()),
                            solve_right(transposed, factor, spec.threads), spec.threads);

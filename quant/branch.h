@@ -19,6 +19,7 @@ namespace tq {
 struct FittedBranch {
   OwnedMatrix a, b;  // packed: [rank, in], [out, rank]
   FloatMatrix seen;  // [out, in]: W such that X' W^T is what the branch puts out, least squares
+                     // drawn towards B A
 };
 
 struct BranchSpec {

@@ -66,6 +66,29 @@ uint64_t refining_memory(const QuantizeOptions& options, const Config& c, uint64
   return n_layers * layer_bytes + scales + head + stream + activations + 2 * layer;
 }
 
+// Learned bases and the steps between them, as quantize_layer.cpp stores them.
+uint64_t basis_bytes(const QuantizeOptions& options, const Config& c) {
+  if (!options.learns_basis()) return 0;
+  int64_t elements = c.dim * c.dim;
+  if (options.basis == Basis::kLayerwise) {
+    elements += c.dim * c.dim + 2 * c.n_layers * 2 * std::min(options.basis_rank, c.dim) * c.dim;
+  }
+  return static_cast<uint64_t>(elements) * (options.bits_w == 32 ? 4 : 2);
+}
+
+// What resume.h keeps of them, in f64, with the branches whose G was learned, in f32.
+uint64_t learned_bytes(const QuantizeOptions& options, const Config& c) {
+  if (!options.learns_basis()) return 0;
+  const int64_t n_bases = options.basis == Basis::kLayerwise ? 2 * c.n_layers + 1 : 1;
+  int64_t bytes = 8 * (n_bases * c.dim * c.dim + c.n_layers * c.head_dim * c.head_dim);
+  if (options.rank > 0 && options.split == Split::kSvd) {
+    for (const LinearPlan& linear : plan_layer(options, c, 0)) {
+      bytes += 4 * c.n_layers * options.rank * (linear.out + linear.in);
+    }
+  }
+  return static_cast<uint64_t>(bytes);
+}
+
 // One layer in flight, its second moments, and the stream of all tokens (see pipeline.cpp).
 uint64_t estimate_memory(const QuantizeOptions& options, const Config& c, uint64_t layer_weights,
                          uint64_t layer_bytes, int64_t n_tokens) {
@@ -122,6 +145,7 @@ QuantizePlan make_plan(const Model& model, const QuantizeOptions& options, int64
     layer_bytes = std::max(layer_bytes, bytes);
     dense_bytes += 4 * static_cast<uint64_t>(2 * c.dim + (c.has_qk_norm() ? 2 * c.head_dim : 0));
   }
+  plan.linear_bytes += basis_bytes(options, c);
   plan.table_bytes = table_size(c.vocab_size, c.dim, options.embed_bits, options.group);
   if (!c.tied) {
     plan.table_bytes += table_size(c.vocab_size, c.dim, options.head_bits, options.group);
@@ -132,7 +156,9 @@ QuantizePlan make_plan(const Model& model, const QuantizeOptions& options, int64
                               texts.chat_template.size();
   plan.output_bytes = plan.linear_bytes + plan.table_bytes + dense_bytes + text_bytes +
                       kHeaderPerLinear * static_cast<uint64_t>(kNLinears * c.n_layers);
-  if (options.needs_calibration()) plan.resume_bytes = plan.linear_bytes + dense_bytes;
+  if (options.needs_calibration()) {
+    plan.resume_bytes = plan.linear_bytes + dense_bytes + learned_bytes(options, c);
+  }
   plan.memory_bytes = estimate_memory(options, c, layer_weights, layer_bytes, n_tokens);
   return plan;
 }

@@ -14,7 +14,7 @@ namespace tq {
 /// Sizes known before any work; bytes.
 struct QuantizePlan {
   int64_t n_linear_weights = 0;
-  uint64_t linear_bytes = 0;  // codes, scales and branches of all linears
+  uint64_t linear_bytes = 0;  // all linears with their branches, and learned bases
   uint64_t table_bytes = 0;   // embedding and, if separate, head
   uint64_t output_bytes = 0;  // whole file, to about a percent (the JSON header is estimated)
   uint64_t resume_bytes = 0;  // finished layers kept until the end

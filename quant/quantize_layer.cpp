@@ -180,7 +180,7 @@ FloatLayer fold_layer(const Model& model, int64_t index, const QuantizeOptions& 
     transform_rows(layer.linears[kWDown], down, 1, options.threads);
     layer.down_input = down;
     fold_into_basis(layer, index, *learned, options.threads);
-    if (learned->layerwise()) {
+    if (learned->layerwise() && options.basis_rank > 0) {
       const size_t step = static_cast<size_t>(2 * index);
       layer.attn_skip = store_step(learned->steps[step], options);
       layer.ffn_skip = store_step(learned->steps[step + 1], options);

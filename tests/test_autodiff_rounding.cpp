@@ -26,7 +26,7 @@ TEST(RoundGroups, SymmetricValuesAreTheRuntimesBits) {
           const int64_t count = std::min<int64_t>(64, 150 - begin), at = row * 150 + begin;
           int8_t codes[64];
           float scale;
-          plain_round({x.data() + at, count, bits, clip, codes, &scale});
+          plain_round({x.data() + at, count, bits, clip, false, codes, &scale});
           for (int64_t i = 0; i < count; ++i) {
             ASSERT_EQ(y[static_cast<size_t>(at + i)], scale * static_cast<float>(codes[i]));
           }

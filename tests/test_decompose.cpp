@@ -87,7 +87,7 @@ TEST(Decompose, ErrorFallsWithTheRank) {
     const ModelBasis basis(options, tiny.model().config);
     const FloatLayer layer = fold_layer(tiny.model(), 0, options, basis);
     const QuantizedLayer result =
-        quantize_layer(layer, 0, options, tiny.model().config, nullptr, [] {});
+        quantize_layer(layer, 0, options, tiny.model().config, basis, nullptr, [] {});
     for (const OwnedLinear& linear : result.layer.linears) {
       EXPECT_EQ(linear.branch_a.has_value(), rank > 0);
     }
@@ -103,7 +103,7 @@ TEST(Decompose, ReportCountsTheBranch) {
   const ModelBasis basis(options, tiny.model().config);
   const FloatLayer layer = fold_layer(tiny.model(), 0, options, basis);
   const LinearReport report =
-      quantize_layer(layer, 0, options, tiny.model().config, nullptr, [] {}).reports[kWGate];
+      quantize_layer(layer, 0, options, tiny.model().config, basis, nullptr, [] {}).reports[kWGate];
   // [256, 128]: 4.25 bits, and 8 * (128 + 256) factors of 16 bits over 256 * 128 weights.
   EXPECT_DOUBLE_EQ(report.bits_per_weight, 4.25 + 8.0 * 384 * 16 / (256 * 128));
 }

@@ -27,6 +27,21 @@ QuantizeOptions tiny_options(const std::string& method, int threads = 2) {
   return options;
 }
 
+// Every way to a learned basis, in few steps.
+std::vector<QuantizeOptions> learned_methods(int threads = 2) {
+  std::vector<QuantizeOptions> methods;
+  for (const char* method : {"spinquant", "respinquant", "twinquant", "twinquant"}) {
+    QuantizeOptions options = tiny_options(method, threads);
+    options.bits_a = 4;
+    options.steps = 4;
+    options.basis_rank = 8;
+    if (options.refine_steps > 0) options.refine_steps = 2;
+    if (methods.size() == 3) options.split = Split::kSvd;
+    methods.push_back(options);
+  }
+  return methods;
+}
+
 struct Outcome {
   std::string bytes;
   QuantizeResult result;
@@ -66,6 +81,11 @@ TEST(Pipeline, BytesDoNotDependOnThreads) {
               run(tiny.model(), tiny_options(method, 2)).bytes)
         << method;
   }
+  const auto one = learned_methods(1), two = learned_methods(2);
+  for (size_t i = 0; i < one.size(); ++i) {
+    EXPECT_EQ(run(tiny.model(), one[i]).bytes, run(tiny.model(), two[i]).bytes)
+        << describe_options(one[i]);
+  }
 }
 
 TEST(Pipeline, OptionsAndSeedChangeTheBytes) {
@@ -77,6 +97,14 @@ TEST(Pipeline, OptionsAndSeedChangeTheBytes) {
   other = tiny_options("quarot");
   other.rounding = RoundingKind::kNearest;
   EXPECT_NE(run(tiny.model(), other).bytes, bytes);
+  const QuantizeOptions learned = learned_methods()[0];
+  const std::string learned_bytes = run(tiny.model(), learned).bytes;
+  other = learned;
+  other.seed = 1;
+  EXPECT_NE(run(tiny.model(), other).bytes, learned_bytes);
+  other = learned;
+  other.steps = 5;
+  EXPECT_NE(run(tiny.model(), other).bytes, learned_bytes);
 }
 
 TEST(Pipeline, BitsPerWeightAreExact) {
@@ -100,11 +128,16 @@ TEST(Pipeline, PlanPredictsTheSizes) {
   options.rank = 16;
   options.keep = {"layers\\.0\\."};
   options.head_bits = 8;
-  const QuantizePlan plan = make_plan(tiny.model(), options, 0);
-  const Outcome outcome = run(tiny.model(), options);
-  EXPECT_DOUBLE_EQ(plan.bits_per_weight(), outcome.result.bits_per_weight);
-  EXPECT_NEAR(static_cast<double>(plan.output_bytes), static_cast<double>(outcome.bytes.size()),
-              0.05 * outcome.bytes.size());
+  std::vector<QuantizeOptions> cases = learned_methods();
+  cases.push_back(options);
+  for (const QuantizeOptions& planned : cases) {
+    const QuantizePlan plan = make_plan(tiny.model(), planned, 0);
+    const Outcome outcome = run(tiny.model(), planned);
+    EXPECT_DOUBLE_EQ(plan.bits_per_weight(), outcome.result.bits_per_weight)
+        << describe_options(planned);
+    EXPECT_NEAR(static_cast<double>(plan.output_bytes), static_cast<double>(outcome.bytes.size()),
+                0.05 * outcome.bytes.size());
+  }
 }
 
 TEST(Pipeline, GptqLowersTheOutputError) {
@@ -115,12 +148,15 @@ TEST(Pipeline, GptqLowersTheOutputError) {
   CpuBackend backend(2);
   const ModelBasis basis(options, tiny.model().config);
   const FloatLayer layer = fold_layer(tiny.model(), 0, options, basis);
-  CalibrationStream stream(tiny.model(), calibration, basis.residual.transform, backend, 2);
-  LayerGrams grams(tiny.model().config);
-  stream.run_layer(layer.view(), &grams, [] {});
+  CalibrationStream stream(tiny.model(), calibration, basis.input(), backend, 2);
+  LayerStats stats(tiny.model().config, options);
+  stream.run_layer(
+      layer.view(),
+      [&](Site site, const float* x, int64_t rows, int64_t) { stats.at(site).add(x, rows, 2); },
+      [] {});
   const auto reports = [&](RoundingKind rounding) {
     options.rounding = rounding;
-    return quantize_layer(layer, 0, options, tiny.model().config, &grams, [] {}).reports;
+    return quantize_layer(layer, 0, options, tiny.model().config, basis, &stats, [] {}).reports;
   };
   const auto gptq = reports(RoundingKind::kGptq), nearest = reports(RoundingKind::kNearest);
   for (size_t i = 0; i < kNLinears; ++i) {
@@ -205,9 +241,12 @@ QuantizeHooks stop_at(int64_t layer, bool& stopped) {
 
 TEST(Resume, AnInterruptedRunContinuesToTheSameBytes) {
   const TinyModel tiny(true);
+  std::vector<QuantizeOptions> cases = learned_methods();
   for (const char* method : {"quarot", "gptq"}) {
-    QuantizeOptions options = tiny_options(method);
-    options.rank = 8;  // branches are stored too
+    cases.push_back(tiny_options(method));
+    cases.back().rank = 8;  // branches are stored too
+  }
+  for (const QuantizeOptions& options : cases) {
     const Calibration calibration = tiny_calibration();
     const std::string expected = run(tiny.model(), options).bytes;
     TempDir folder;
@@ -231,6 +270,39 @@ TEST(Resume, AnInterruptedRunContinuesToTheSameBytes) {
     EXPECT_EQ(read_bytes(output), expected);
     EXPECT_FALSE(std::filesystem::exists(output + ".resume"));
   }
+}
+
+TEST(Resume, ADescentBeginsAgainAndWhatCameBeforeIsKept) {
+  const TinyModel tiny(true);
+  const QuantizeOptions options = learned_methods()[2];
+  const Calibration calibration = tiny_calibration();
+  const Outcome expected = run(tiny.model(), options);
+  TempDir folder;
+  const std::string output = folder / "m.tq";
+  CpuBackend backend(2);
+  bool stopped = false;
+  const auto stop_in = [&](const std::string& wanted) {
+    QuantizeHooks hooks;
+    hooks.descent = [&stopped, wanted](const char* stage, int64_t, int64_t, double) {
+      stopped = stage == wanted;
+    };
+    hooks.interrupted = [&stopped] { return stopped; };
+    return hooks;
+  };
+  for (const char* stage : {"learning", "refining"}) {
+    stopped = false;
+    error_of(ErrorKind::kInterrupted, [&] {
+      quantize_model(tiny.model(), options, &calibration, 1, backend, output,
+                     std::string(stage) == "refining", stop_in(stage));
+    });
+    EXPECT_EQ(names_in(folder.path()), std::vector<std::string>{"m.tq.resume"});
+  }
+  const QuantizeResult result =
+      quantize_model(tiny.model(), options, &calibration, 1, backend, output, true, {});
+  EXPECT_EQ(result.n_resumed, 3);
+  EXPECT_EQ(result.basis_losses, expected.result.basis_losses);
+  EXPECT_EQ(result.refine_losses, expected.result.refine_losses);
+  EXPECT_EQ(read_bytes(output), expected.bytes);
 }
 
 TEST(Resume, RefusesAnotherModelOtherOptionsOrAnotherText) {
@@ -384,6 +456,11 @@ TEST(Options, ContradictionsAreUsageErrors) {
   refused([](QuantizeOptions& o) { o.bits_w = 16; });
   refused([](QuantizeOptions& o) { o.calib_length = 513; });
   refused([](QuantizeOptions& o) { o.bits_a = 8; }, "none");
+  EXPECT_NO_THROW(check_options(method_preset("twinquant"), config));
+  EXPECT_NO_THROW(check_options(method_preset("respinquant"), config));
+  refused([](QuantizeOptions& o) { o.basis_rank = 129; }, "respinquant");
+  refused([](QuantizeOptions& o) { o.branch_bits = 16; }, "twinquant");
+  refused([](QuantizeOptions& o) { o.rounding = RoundingKind::kNearest; }, "twinquant");
   error_of(ErrorKind::kUsage, [] { method_preset("magic"); });
 }
 

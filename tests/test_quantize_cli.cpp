@@ -62,19 +62,23 @@ class QuantizeCli : public testing::Test {
   std::string calib() {
     return " --calib " + (folder_ / "calib.txt") + " --calib-length 32 --calib-samples 4";
   }
+  // The default method with little to do.
+  std::string learned() { return calib() + " --rank 8 --steps 4 --refine-steps 2"; }
 
   TempDir folder_;
 };
 
 TEST_F(QuantizeCli, WritesAVerifiedFileAndAReport) {
   const Outcome result =
-      run(kModel + output() + calib() + " --group 32 --report " + (folder_ / "report.json"));
+      run(kModel + output() + learned() + " --group 32 --report " + (folder_ / "report.json"));
   ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_EQ(result.out, "");
   EXPECT_GT(verify_tq_file(folder_ / "m.tq"), 0);
   const Json report = parse_json(read_bytes(folder_ / "report.json"), "report");
   EXPECT_EQ(report["linears"].size(), 21u);
   EXPECT_GT(report["linears"][0]["output_snr_db"].get<double>(), 5);
+  EXPECT_EQ(report["basis_losses"].size(), 4u);
+  EXPECT_EQ(report["refine_kl"].size(), 2u);
   EXPECT_EQ(report["file_bytes"].get<uint64_t>(), std::filesystem::file_size(folder_ / "m.tq"));
 }
 
@@ -82,8 +86,13 @@ TEST_F(QuantizeCli, EveryMethodWorksOnEveryArchitecture) {
   for (const auto& entry :
        std::filesystem::directory_iterator(std::string(TQ_FIXTURES) + "/random-models")) {
     if (!entry.is_directory()) continue;
-    for (const char* method : {"none", "rtn", "gptq", "quarot", "svdquant --rank 4"}) {
-      const bool calibrated = std::string(method) == "gptq" || std::string(method) == "quarot";
+    for (const std::string method :
+         {"none", "rtn", "svdquant --rank 4", "gptq", "quarot", "spinquant --steps 2",
+          "respinquant --steps 2 --basis-rank 4", "respinquant --steps 2 --basis-rank full",
+          "twinquant --steps 2 --refine-steps 1 --rank 4",
+          "twinquant --steps 2 --refine-steps 0 --rank 4 --split svd --bits-a 4"}) {
+      const bool calibrated = method.find("quant --steps") != std::string::npos ||
+                              method == "gptq" || method == "quarot";
       const Outcome result =
           run(entry.path().string() + output() + " --force -q --threads 1 --method " + method +
               (calibrated ? calib() : ""));
@@ -133,50 +142,92 @@ TEST_F(QuantizeCli, KvBitsOfTheFileAreTheDefaultAndCanBeOverridden) {
 }
 
 TEST_F(QuantizeCli, TwoRunsGiveTheSameBytes) {
-  ASSERT_EQ(run(kModel + output() + calib() + " --threads 1").code, 0);
+  ASSERT_EQ(run(kModel + output() + learned() + " --threads 1").code, 0);
   const std::string first = read_bytes(folder_ / "m.tq");
-  ASSERT_EQ(run(kModel + output() + calib() + " --threads 2 --force").code, 0);
+  ASSERT_EQ(run(kModel + output() + learned() + " --threads 2 --force").code, 0);
   EXPECT_EQ(read_bytes(folder_ / "m.tq"), first);
   EXPECT_EQ(first.find("/random-models"), std::string::npos);  // no paths in the file
 }
 
 TEST_F(QuantizeCli, DryRunWritesNothing) {
   const auto before = names_in(folder_.path());
-  const Outcome result = run(kModel + output() + calib() + " --dry-run");
+  const Outcome result = run(kModel + output() + learned() + " --dry-run");
   EXPECT_EQ(result.code, 0) << result.err;
   EXPECT_NE(result.err.find("bits each"), std::string::npos);
   EXPECT_EQ(names_in(folder_.path()), before);
 }
 
 TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
-  expect_failure(2, kModel + output() + " --method twinquant", "methods: none, rtn");
+  expect_failure(2, kModel + output() + " --method magic", "methods: none, rtn");
   expect_failure(2, kModel + output() + " --bits-w 5", "--bits-w");
   expect_failure(2, kModel + output() + " --bits-a 5", "--bits-a");
   expect_failure(2, kModel + output() + " --kv-bits 32", "--kv-bits");
   expect_failure(2, kModel + output() + " --group 48", "--group");
   expect_failure(2, kModel + output() + " --method svdquant --rank 33", "smallest side");
-  expect_failure(2, kModel + output() + " --embed-bits 8 --head-bits 4", "stored once");
+  expect_failure(2, kModel + output() + " --rank 8 --embed-bits 8 --head-bits 4", "stored once");
   expect_failure(2, kModel + output() + " --method rtn --calib-samples 3", "calibration options");
   expect_failure(2, kModel + output() + " --method none --bits-w 4", "contradicts");
   expect_failure(2, kModel + output() + " --method none --bits-w 3", "contradicts");
-  expect_failure(2, kModel + output() + " --branch-bits 8", "--branch-bits");
-  expect_failure(2, kModel + output() + calib() + " --keep '('", "regular expression");
-  expect_failure(2, kModel + output() + " --calib-length 257", "context");
+  expect_failure(2, kModel + output() + " --method quarot --branch-bits 8", "--branch-bits");
+  expect_failure(2, kModel + output() + learned() + " --keep '('", "regular expression");
+  expect_failure(2, kModel + output() + " --rank 8 --calib-length 257", "context");
   expect_failure(2, kModel + output() + " --seed -1", "--seed");
   expect_failure(2, kModel + output() + " --seed 99999999999999999999", "--seed");
   expect_failure(2, kModel, "--output");
 }
 
+TEST_F(QuantizeCli, ContradictionsOfLearnedMethodsAreUsageErrors) {
+  struct Refusal {
+    const char *options, *text;
+  };
+  for (const Refusal& refusal : {
+           Refusal{"--method respinquant --basis-rank abc", "--basis-rank abc"},
+           Refusal{"--method respinquant --basis-rank 8x", "--basis-rank 8x"},
+           Refusal{"--method respinquant --basis-rank -1", "--basis-rank"},
+           Refusal{"--method respinquant --basis-rank 33", "at most 32"},
+           Refusal{"--method spinquant --basis-rank 8", "--basis layerwise"},
+           Refusal{"--method quarot --steps 9", "--steps without a learned basis"},
+           Refusal{"--method spinquant --steps 0", "--steps"},
+           Refusal{"--method rtn --rank 8 --split fit", "--split fit"},
+           Refusal{"--method rtn --split fit", "--split without a branch"},
+           Refusal{"--method twinquant --rank 8 --branch-bits 16", "--branch-bits 16"},
+           Refusal{"--method twinquant --branch-bits 5", "--branch-bits"},
+           Refusal{"--method twinquant --rank 33", "smallest side"},
+           Refusal{"--method twinquant --rank 8 --rounding rtn", "--split fit"},
+           Refusal{"--method twinquant --bits-w 32 --refine-steps 4", "--refine-steps"},
+           Refusal{"--method twinquant --bits-w 16 --rank 4", "--rank"},
+           Refusal{"--method twinquant --rank 8 --calib-length 257", "context"},
+       }) {
+    expect_failure(2, kModel + output() + " " + refusal.options, refusal.text);
+  }
+}
+
+TEST_F(QuantizeCli, UnfinishedWorkOfAnotherModelOrOtherOptionsIsRefused) {
+  // A run that breaks off when it writes the model: what is kept for later is in smaller files.
+  const std::string unfinished = output() + learned();
+  ASSERT_EQ(run(kModel + unfinished + " -q", "ulimit -f 40; trap '' XFSZ; ").code, 5);
+  ASSERT_TRUE(std::filesystem::exists(folder_ / "m.tq.resume"));
+  const std::string other = std::string(TQ_FIXTURES) + "/random-models/llama3-rope-f16";
+  const std::string no_match = "resume data does not match: ";
+  expect_failure(3, kModel + output() + calib() + " --rank 8 --refine-steps 2 --resume --steps 5",
+                 no_match + "steps");
+  expect_failure(3, kModel + unfinished + " --resume --seed 1", no_match + "seed");
+  expect_failure(3, other + unfinished + " --resume", no_match);
+  EXPECT_EQ(run(kModel + unfinished + " --resume").code, 0);
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "m.tq.resume"));
+}
+
 TEST_F(QuantizeCli, WrongInputsAreRefused) {
   expect_failure(5, (folder_ / "nothing") + output(), "nothing");
-  expect_failure(5, kModel + output() + " --calib " + (folder_ / "none.txt"), "none.txt");
+  expect_failure(5, kModel + output() + " --rank 8 --calib " + (folder_ / "none.txt"), "none.txt");
   write_bytes(folder_ / "empty.txt", "");
-  expect_failure(3, kModel + output() + " --calib " + (folder_ / "empty.txt"), "empty");
+  expect_failure(3, kModel + output() + " --rank 8 --calib " + (folder_ / "empty.txt"), "empty");
   write_bytes(folder_ / "latin1.txt", "caf\xe9 au lait");
-  expect_failure(3, kModel + output() + " --calib " + (folder_ / "latin1.txt"), "UTF-8");
+  expect_failure(3, kModel + output() + " --rank 8 --calib " + (folder_ / "latin1.txt"), "UTF-8");
   write_bytes(folder_ / "short.txt", "the cat");
-  expect_failure(3, kModel + output() + " --calib-length 200 --calib " + (folder_ / "short.txt"),
-                 "too short");
+  expect_failure(
+      3, kModel + output() + " --rank 8 --calib-length 200 --calib " + (folder_ / "short.txt"),
+      "too short");
   ASSERT_EQ(run(kModel + output() + " --method rtn").code, 0);
   expect_failure(3, (folder_ / "m.tq") + " -o " + (folder_ / "n.tq"), "already quantized");
 }
@@ -192,7 +243,8 @@ TEST_F(QuantizeCli, OutputIsNeverOverwrittenUnasked) {
       5, kModel + " --method rtn -o " + (folder_ / "n.tq") + " --report " + (folder_ / "./n.tq"),
       "output itself");
   // A failed run with --force leaves the old file as it was.
-  expect_failure(5, kModel + output() + " --force --calib " + (folder_ / "none.txt"), "none.txt");
+  expect_failure(5, kModel + output() + " --rank 8 --force --calib " + (folder_ / "none.txt"),
+                 "none.txt");
   EXPECT_EQ(read_bytes(folder_ / "m.tq"), "precious");
 }
 

@@ -5,13 +5,13 @@
 #include <filesystem>
 
 #include "cpu/cpu_backend.h"
-#include "model/forward.h"
 #include "model/tq_file.h"
 #include "quant/pipeline.h"
 #include "quant/quantize_layer.h"
 #include "quant/rng.h"
 #include "quant/rotation.h"
 #include "tests/cli.h"
+#include "tests/logits.h"
 #include "tests/orthogonal.h"
 #include "tests/temp_dir.h"
 #include "tests/tiny_model.h"
@@ -107,35 +107,9 @@ TEST(Rotation, ColumnsAndRowsAreTransformedAlike) {
   }
 }
 
-std::vector<float> all_logits(const Model& model, const std::vector<int32_t>& ids) {
-  CpuBackend backend(2);
-  const PreparedModel prepared(model, backend);
-  SessionOptions options;
-  options.ctx = static_cast<int64_t>(ids.size());
-  options.kv_bits = 32;
-  Session session(prepared, options);
-  std::vector<float> logits;
-  session.feed_all(ids, [&](int64_t, int64_t, std::span<const float> rows) {
-    logits.insert(logits.end(), rows.begin(), rows.end());
-  });
-  return logits;
-}
-
-// Largest difference in units of the standard deviation of the logits.
-double relative_error(const std::vector<float>& got, const std::vector<float>& expected) {
-  EXPECT_EQ(got.size(), expected.size());
-  double mean = 0, variance = 0, worst = 0;
-  for (float v : expected) mean += v / static_cast<double>(expected.size());
-  for (size_t i = 0; i < expected.size(); ++i) {
-    variance += (expected[i] - mean) * (expected[i] - mean) / static_cast<double>(expected.size());
-    const double error = std::fabs(double{got[i]} - expected[i]);
-    if (!(error <= worst)) worst = error;
-  }
-  return worst / std::sqrt(variance);
-}
-
-QuantizeOptions rotated_unrounded(uint64_t seed) {
-  QuantizeOptions options = method_preset("quarot");
+QuantizeOptions rotated_unrounded(uint64_t seed, const std::string& method = "quarot") {
+  QuantizeOptions options = method_preset(method);
+  options.rank = options.refine_steps = 0;
   options.rounding = RoundingKind::kStore;
   options.bits_w = 32;
   options.bits_a = 16;
@@ -148,9 +122,16 @@ QuantizeOptions rotated_unrounded(uint64_t seed) {
 double rotation_error(const Model& model, const QuantizeOptions& options) {
   TempDir folder;
   CpuBackend backend(2);
-  quantize_model(model, options, nullptr, 0, backend, folder / "m.tq", false, {});
+  const Calibration calibration =
+      cut_samples(random_ids(128, static_cast<int32_t>(model.config.vocab_size), 4), 4, 32,
+                  model.config.vocab_size, "test");
+  quantize_model(model, options, &calibration, 0, backend, folder / "m.tq", false, {});
   const Model rotated = load_tq_file(folder / "m.tq");
   EXPECT_TRUE(rotated.residual_basis.active());
+  EXPECT_EQ(rotated.residual_basis.kind == Transform::Kind::kDense, options.learns_basis());
+  const bool layerwise = options.basis == Basis::kLayerwise;
+  EXPECT_EQ(rotated.output_basis.active(), layerwise);
+  EXPECT_EQ(rotated.layers[0].attn_skip.has_value(), layerwise && options.basis_rank > 0);
   EXPECT_TRUE(rotated.layers[0].w_down.input.active());
   const auto ids = random_ids(24, static_cast<int32_t>(model.config.vocab_size), 17);
   return relative_error(all_logits(rotated, ids), all_logits(model, ids));
@@ -177,6 +158,36 @@ TEST(RotatedModel, KeepsItsLogitsForEveryArchitecture) {
     EXPECT_LT(rotation_error(model, rotated_unrounded(5)), kMaxRotationError) << entry.path();
   }
   EXPECT_GE(n_models, 4);
+}
+
+TEST(RotatedModel, KeepsItsLogitsInLearnedBases) {
+  for (TinyFamily family : {TinyFamily::kLlama, TinyFamily::kQwen3}) {
+    for (bool tied : {false, true}) {
+      const TinyModel tiny(tied, 1, Storage::kF32, family);
+      const int64_t dim = tiny.model().config.dim;
+      const auto error = [&](const char* method, int64_t basis_rank) {
+        QuantizeOptions options = rotated_unrounded(3, method);
+        options.steps = 6;
+        options.basis_rank = basis_rank;
+        return rotation_error(tiny.model(), options);
+      };
+      EXPECT_LT(error("spinquant", 0), kMaxRotationError);
+      EXPECT_LT(error("twinquant", 0), kMaxRotationError);
+      for (int64_t rank : {int64_t{0}, int64_t{2}, int64_t{8}, dim}) {
+        EXPECT_LT(error("respinquant", rank), kMaxRotationError) << rank;
+      }
+    }
+  }
+}
+
+TEST(RotatedModel, KeepsItsLogitsInLearnedBasesForEveryArchitecture) {
+  for (const char* name : {"llama3-rope-f16", "qwen3-tied-bf16"}) {
+    const Model model = load_hf_folder(std::string(TQ_FIXTURES) + "/random-models/" + name);
+    QuantizeOptions options = rotated_unrounded(3, "respinquant");
+    options.steps = 4;
+    options.basis_rank = 8;
+    EXPECT_LT(rotation_error(model, options), kMaxRotationError) << name;
+  }
 }
 
 // A model whose residual basis is dense, and whose every layer works in two bases: T for what
@@ -342,7 +353,7 @@ TEST(RotatedModel, RotationFlattensHeavyTails) {
     options.group = 128;
     const ModelBasis basis(options, tiny.model().config);
     const FloatLayer layer = fold_layer(tiny.model(), 0, options, basis);
-    snr[rotated] = quantize_layer(layer, 0, options, tiny.model().config, nullptr, [] {})
+    snr[rotated] = quantize_layer(layer, 0, options, tiny.model().config, basis, nullptr, [] {})
                        .reports[kWq]
                        .weight_snr_db;
   }

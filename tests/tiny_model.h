@@ -1,6 +1,7 @@
 // tiny_model - a random model in memory, with widths that pack without remainders.
 #pragma once
 
+#include <cmath>
 #include <memory>
 #include <string>
 #include <vector>
@@ -10,14 +11,20 @@
 
 namespace tq {
 
+/// Qwen3 has a norm of every head of q and k beside what Llama has.
+enum class TinyFamily { kLlama, kQwen3 };
+
 /// Three layers, dim 128, head_dim 48 (not dim / heads), hidden_dim 256, vocabulary of 96. Weights
 /// have heavy-tailed columns, as trained models do, so that methods differ.
 class TinyModel {
  public:
-  explicit TinyModel(bool tied, uint64_t seed = 1, Storage storage = Storage::kF32)
+  explicit TinyModel(bool tied, uint64_t seed = 1, Storage storage = Storage::kF32,
+                     TinyFamily family = TinyFamily::kLlama)
       : rng_(seed), storage_(storage) {
+    const bool qwen3 = family == TinyFamily::kQwen3;
     model_.texts.config =
-        std::string(R"({"architectures":["LlamaForCausalLM"],"model_type":"llama",)") +
+        std::string(qwen3 ? R"({"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3",)"
+                          : R"({"architectures":["LlamaForCausalLM"],"model_type":"llama",)") +
         R"("hidden_size":128,"intermediate_size":256,"num_hidden_layers":3,)" +
         R"("num_attention_heads":4,"num_key_value_heads":2,"head_dim":48,"vocab_size":96,)" +
         R"("max_position_embeddings":512,"rms_norm_eps":1e-5,"rope_theta":10000.0,)" +
@@ -34,6 +41,10 @@ class TinyModel {
       Layer layer;
       layer.attn_norm = gains(c.dim);
       layer.ffn_norm = gains(c.dim);
+      if (qwen3) {
+        layer.q_norm = gains(c.head_dim);
+        layer.k_norm = gains(c.head_dim);
+      }
       layer.wq.weight = matrix(c.q_dim(), c.dim);
       layer.wk.weight = matrix(c.kv_dim(), c.dim);
       layer.wv.weight = matrix(c.kv_dim(), c.dim);

@@ -128,8 +128,9 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   override_with(options.rank, args.rank);
   if (args.split) options.split = *args.split == "fit" ? Split::kFit : Split::kSvd;
   override_with(options.branch_bits, args.branch_bits);
-  if (args.branch_bits && options.rank == 0) {
-    throw Error(ErrorKind::kUsage, "usage", "tq quantize", "--branch-bits without a branch",
+  if ((args.branch_bits || args.split) && options.rank == 0) {
+    throw Error(ErrorKind::kUsage, "usage", "tq quantize",
+                std::string(args.split ? "--split" : "--branch-bits") + " without a branch",
                 "give --rank, or --method svdquant");
   }
   if (args.basis && args.method == "none" && options.basis != Basis::kNone)
