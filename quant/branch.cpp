@@ -15,8 +15,8 @@
 namespace tq {
 namespace {
 
-// Extra directions and rounds of the subspace iteration. The error's spectrum decays slowly, and a
-// direction that is missed costs little: four rounds come within a percent of the optimum.
+// Extra directions and rounds of the subspace iteration. The error's spectrum decays slowly, so
+// directions separate slowly, and one that is missed costs little.
 constexpr int64_t kOversampling = 8;
 constexpr int kRounds = 4;
 // Of G. Its spectrum follows that of the branch; beyond this the weakest directions are noise.

@@ -33,9 +33,9 @@ struct DescentOptions {
 ///
 /// On O(n) and GL(r) steps are written in the Lie algebra, where `per_entry` is possible: second
 /// moments of the entries of a skew matrix are symmetric, and a skew matrix scaled by them is skew.
-/// The result still depends on the basis. For learning rotations it pays: a rotation has planes
-/// with gradients of very different size, and per entry each turns at its own pace
-/// (docs/results.md). Then lr is the angle of one entry, and a step has length up to n lr.
+/// The result still depends on the basis. A rotation has planes with gradients of very different
+/// size, and per entry each turns at its own pace. Then lr is the angle of one entry, and a step
+/// has length up to n lr.
 class Descent {
  public:
   explicit Descent(const DescentOptions& options) : options_(options) {}

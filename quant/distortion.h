@@ -17,13 +17,12 @@ struct LinearReport {
   int64_t out = 0, in = 0;
   double bits_per_weight = 0;           // weight, scales and branch
   double weight_snr_db = 0;             // 10 log10(|W|^2 / |W - W'|^2); infinity when exact
-  std::optional<double> output_snr_db;  // the same for x W^T over the calibration tokens, inputs
-                                        // unrounded
+  std::optional<double> output_snr_db;  // the same for x W^T over the calibration tokens
   double clipped = 0;                   // fraction of weights outside the range of codes
 };
 
-/// Compares a linear as stored with the weight it stands for (in the same basis). gram: inputs of
-/// the linear, or null.
+/// Compares a linear as stored with the weight it stands for (in the same basis, and after the
+/// correction for rounded inputs where there is one). gram: inputs of the linear, or null.
 LinearReport measure_linear(const std::string& name, const FloatMatrix& w,
                             const OwnedLinear& stored, int64_t n_clipped, const Gram* gram,
                             int threads);

@@ -111,7 +111,7 @@ class Learner {
       const uint64_t stream = kHeadSigns + static_cast<uint64_t>(layer);
       heads_.emplace_back(random_hadamard(c.head_dim, options.seed, stream), kHeadRate);
     }
-    if (options.rank > 0 && options.split == Split::kSvd) split_weights();
+    if (options.rounds_branch() && options.split == Split::kSvd) split_weights();
   }
 
   LearnResult run() {

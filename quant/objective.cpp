@@ -10,8 +10,8 @@ namespace tq {
 namespace {
 
 // Weights are rounded to nearest while the basis is learned, with a clip near what the search of
-// round_matrix() finds for Gaussian groups. GPTQ comes later; learning without any rounding of the
-// weights ends in a worse basis (docs/results.md).
+// round_matrix() finds for Gaussian groups. GPTQ comes later, and a basis that was learned without
+// any rounding of the weights serves it worse.
 constexpr float kWeightClip = 0.95f;
 
 class Objective {

@@ -20,7 +20,7 @@ struct Preset {
   int64_t steps = 0, refine_steps = 0;
 };
 
-// Steps were chosen on SmolLM2 (docs/results.md): more still help, slowly.
+// Steps: what fits twenty minutes on two cores for SmolLM2. More still help.
 constexpr Preset kPresets[] = {
     {"none", Basis::kNone, RoundingKind::kStore},
     {"rtn", Basis::kNone, RoundingKind::kNearest},

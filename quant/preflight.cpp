@@ -81,7 +81,7 @@ uint64_t learned_bytes(const QuantizeOptions& options, const Config& c) {
   if (!options.learns_basis()) return 0;
   const int64_t n_bases = options.basis == Basis::kLayerwise ? 2 * c.n_layers + 1 : 1;
   int64_t bytes = 8 * (n_bases * c.dim * c.dim + c.n_layers * c.head_dim * c.head_dim);
-  if (options.rank > 0 && options.split == Split::kSvd) {
+  if (options.rounds_branch() && options.split == Split::kSvd) {
     for (const LinearPlan& linear : plan_layer(options, c, 0)) {
       bytes += 4 * c.n_layers * options.rank * (linear.out + linear.in);
     }

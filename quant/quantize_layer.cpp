@@ -12,7 +12,6 @@ namespace {
 // Streams of random numbers: 0 for the residual basis, layer + 1 for the heads of a layer.
 constexpr uint64_t kResidualStream = 0;
 // Rounds of fitting the branch to what the residual leaves over, and rounding the residual again.
-// A third round gained nothing.
 constexpr int kFitRounds = 2;
 
 Storage unrounded_storage(const QuantizeOptions& options, bool keep, const FloatMatrix& w) {
@@ -74,13 +73,15 @@ int64_t round_with_branch(const FloatMatrix& target, const LowRank* given, const
   return rounded.n_clipped;
 }
 
-// Stores one weight. Returns the number of clipped weights.
-int64_t store_linear(const FloatMatrix& w, const LinearPlan& plan, const QuantizeOptions& options,
-                     const LowRank* given, const Inputs& inputs, OwnedLinear& out) {
+// Stores one weight, corrected already. Returns the number of clipped weights.
+int64_t store_linear(const FloatMatrix& target, const LinearPlan& plan,
+                     const QuantizeOptions& options, const LowRank* given, const Inputs& inputs,
+                     OwnedLinear& out) {
   out.act.bits = plan.keep ? 16 : options.bits_a;
   out.act.group = options.group_a;
   if (plan.keep || options.rounding == RoundingKind::kStore) {
-    out.weight = store_dense(w.data, w.rows, w.cols, unrounded_storage(options, plan.keep, w));
+    out.weight = store_dense(target.data, target.rows, target.cols,
+                             unrounded_storage(options, plan.keep, target));
     return 0;
   }
   if (inputs.stats) {
@@ -88,9 +89,6 @@ int64_t store_linear(const FloatMatrix& w, const LinearPlan& plan, const Quantiz
   } else {
     out.act.full_range = options.full_range;
   }
-  const bool corrects = options.rounding == RoundingKind::kGptqCorrected && options.bits_a < 16;
-  const FloatMatrix target =
-      corrects ? correct_weights(w, *inputs.stats, *inputs.factor, options.threads) : w;
   if (options.rounds_branch()) return round_with_branch(target, given, inputs, options, out);
   const RoundingSpec spec{options.bits_w, options.group};
   Rounded rounded;
@@ -221,10 +219,15 @@ QuantizedLayer quantize_layer(const FloatLayer& folded, int64_t index,
     OwnedLinear& out = result.layer.linears[static_cast<size_t>(i)];
     const std::optional<LowRank> given =
         linear.keep ? std::nullopt : given_branch(w, index, i, options, basis, site);
-    const int64_t n_clipped = store_linear(w, linear, options, given ? &*given : nullptr,
+    FloatMatrix corrected;
+    if (uses_factor && options.rounding == RoundingKind::kGptqCorrected && options.bits_a < 16) {
+      corrected = correct_weights(w, *site, factor, options.threads);
+    }
+    const FloatMatrix& target = corrected.data.empty() ? w : corrected;
+    const int64_t n_clipped = store_linear(target, linear, options, given ? &*given : nullptr,
                                            {site, uses_factor ? &factor : nullptr}, out);
     if (i == kWDown) out.input = folded.down_input;
-    result.reports.push_back(measure_linear(linear.name, w, out, n_clipped,
+    result.reports.push_back(measure_linear(linear.name, target, out, n_clipped,
                                             site ? &site->gram() : nullptr, options.threads));
   }
   return result;

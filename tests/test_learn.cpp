@@ -152,8 +152,7 @@ struct Planted {
     }
     return all;
   }
-  // The same in f64, operand `moved` displaced by t * direction; targets
-  // are rotated by the bases where they stand.
+  // The same in f64, operand `moved` displaced by t * direction.
   double smooth_loss(size_t moved, const MatrixRM& direction, double t) {
     std::vector<MatrixRM> m;
     for (FloatMatrix* operand : operands()) m.push_back(to_double(*operand));
