@@ -26,7 +26,6 @@ class Objective {
   double run() {
     const Var in = leaf(problem_.in), mid = leaf(problem_.mid), out = leaf(problem_.out);
     const Var heads = leaf(problem_.heads);
-    const Var fixed_mid = detach(mid), fixed_out = detach(out), fixed_heads = detach(heads);
     const auto same = [](const Var& y) { return y; };
 
     Var x = input(Site::kAttnIn);
@@ -36,14 +35,14 @@ class Objective {
     add_linear(kWk, x, rounded, read_in, same, same);
     add_linear(
         kWv, x, rounded, read_in, [&](const Var& w) { return fold_left(w, heads); },
-        [&](const Var& y) { return fold_right(y, fixed_heads); });
+        [&](const Var& y) { return unrotate_heads(y, heads); });
 
     x = input(Site::kAttnOut);
     rounded = round_input(fold_right(x, heads));
     add_linear(
         kWo, x, rounded, [&](const Var& w) { return fold_right(w, heads); },
         [&](const Var& w) { return fold_left(w, mid); },
-        [&](const Var& y) { return matmul_nn(y, fixed_mid); });
+        [&](const Var& y) { return matmul_nt(y, mid); });
 
     x = input(Site::kFfnIn);
     rounded = round_input(matmul_nn(x, mid));
@@ -55,7 +54,7 @@ class Objective {
     rounded = round_input(x);
     add_linear(
         kWDown, x, rounded, same, [&](const Var& w) { return fold_left(w, out); },
-        [&](const Var& y) { return matmul_nn(y, fixed_out); });
+        [&](const Var& y) { return matmul_nt(y, out); });
 
     const Var loss = scale(total_, 1.0f / static_cast<float>(kNLinears));
     const double value = loss.item();
@@ -73,17 +72,24 @@ class Objective {
   Var round_input(const Var& x) { return rounds_input_ ? round_groups(x, input_rounding_) : x; }
   Var round_weight(const Var& w) { return round_groups(w, weight_rounding_); }
 
+  static Var unrotate_heads(const Var& y, const Var& heads) {
+    const int64_t head_dim = heads.shape().cols;
+    const Var rows = reshape(y, {1, y.shape().size() / head_dim, head_dim});
+    return reshape(matmul_nt(rows, heads), y.shape());
+  }
+
   // read: folds what reads x into a weight's columns; write: what its output is rotated by into its
-  // rows; rotate: the same on the outputs of the original.
-  template <typename Read, typename Write, typename Rotate>
+  // rows; back: undoes that on the outputs. Were the outputs of the original rotated by a constant
+  // instead, a basis would seem to lower the loss by turning y' towards them, and learn worse.
+  template <typename Read, typename Write, typename Back>
   void add_linear(LinearIndex index, const Var& x, const Var& rounded, const Read& read,
-                  const Write& write, const Rotate& rotate) {
+                  const Write& write, const Back& back) {
     const size_t i = static_cast<size_t>(index);
     const FloatMatrix& weight = problem_.layer->linears[i];
     const BranchLeaf& branch = problem_.branches[i];
     const Var w = constant(weight);
     const Var original = branch.factors ? constant(*problem_.originals[i]) : w;
-    const Var target = rotate(matmul_nt(x, original));
+    const Var target = matmul_nt(x, original);
     Var y = matmul_nt(rounded, round_weight(write(read(w))));
     if (branch.factors) {
       const FloatMatrix &a = branch.factors->a, &b = branch.factors->b;
@@ -92,7 +98,7 @@ class Objective {
       const Var h = matmul_nt(rounded, round_weight(read(down)));
       y = add(y, matmul_nt(round_input(h), round_weight(write(up))));
     }
-    const Var error = relative_error(y, target);
+    const Var error = relative_error(back(y), target);
     total_ = total_.value().exists() ? add(total_, error) : error;
   }
 

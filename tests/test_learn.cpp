@@ -54,11 +54,11 @@ TEST(Learn, TheLossFallsAndBasesStayOrthogonal) {
   for (const char* method : {"spinquant", "respinquant", "twinquant"}) {
     QuantizeOptions options = learning_options(method);
     options.split = Split::kSvd;
-    options.steps = 60;
+    options.steps = 40;
     Learning learning(tiny.model(), options);
     const LearnResult result = learning.run();
-    ASSERT_EQ(result.losses.size(), 60u);
-    EXPECT_LT(mean(result.losses, 50, 60), 0.97 * mean(result.losses, 0, 5)) << method;
+    ASSERT_EQ(result.losses.size(), 40u);
+    EXPECT_LT(mean(result.losses, 35, 40), 0.95 * mean(result.losses, 0, 5)) << method;
     EXPECT_LT(result.orthogonality_error, 1e-9) << method;
     EXPECT_EQ(result.basis.residual.size(), options.basis == Basis::kLayerwise ? 7u : 1u);
     EXPECT_EQ(result.basis.heads.size(), 3u);
@@ -152,12 +152,10 @@ struct Planted {
     }
     return all;
   }
-  // The same in f64, operand `moved` displaced by t * direction; targets
-  // are rotated by the bases where they stand.
+  // The same in f64, operand `moved` displaced by t * direction.
   double smooth_loss(size_t moved, const MatrixRM& direction, double t) {
     std::vector<MatrixRM> m;
     for (FloatMatrix* operand : operands()) m.push_back(to_double(*operand));
-    const std::vector<MatrixRM> fixed(m.begin(), m.begin() + 4);
     m[moved] += t * direction;
     const auto blocks = [](const MatrixRM& head, int64_t n) {
       MatrixRM diagonal = MatrixRM::Zero(n, n);
@@ -176,18 +174,15 @@ struct Planted {
                             : reads_mid ? m[1]
                             : i == kWo  ? blocks(m[3], w.cols())
                                         : MatrixRM::Identity(w.cols(), w.cols());
-      const auto writes = [&](const std::vector<MatrixRM>& set) -> MatrixRM {
-        return i == kWv      ? blocks(set[3], w.rows())
-               : i == kWo    ? set[1]
-               : i == kWDown ? set[2]
-                             : MatrixRM::Identity(w.rows(), w.rows());
-      };
-      const MatrixRM write = writes(m);
-      const MatrixRM target = x * original.transpose() * writes(fixed);
+      const MatrixRM write = i == kWv      ? blocks(m[3], w.rows())
+                             : i == kWo    ? m[1]
+                             : i == kWDown ? m[2]
+                                           : MatrixRM::Identity(w.rows(), w.rows());
+      const MatrixRM target = x * original.transpose();
       const MatrixRM rest = (x * read) * (write.transpose() * w * read).transpose();
       const MatrixRM branch =
           (x * read) * (a * read).transpose() * (write.transpose() * b).transpose();
-      loss += (kClip * rest + kClip * kClip * branch - target).squaredNorm() /
+      loss += ((kClip * rest + kClip * kClip * branch) * write.transpose() - target).squaredNorm() /
               target.squaredNorm() / int{kNLinears};
     }
     return loss;
@@ -208,8 +203,8 @@ TEST(LayerLoss, GradientsAreThoseOfASmoothLoss) {
   Planted planted(tiny.model());
   std::vector<std::vector<float>> gradients;
   const double loss = planted.run(gradients);
-  // Five f32 products in a row, of 256 terms at most.
-  constexpr double kRelative = 5 * 256 * 0x1.0p-24;
+  // Six f32 products in a row, of 256 terms at most.
+  constexpr double kRelative = 6 * 256 * 0x1.0p-24;
   const std::vector<FloatMatrix*> operands = planted.operands();
   EXPECT_NEAR(loss, planted.smooth_loss(0, MatrixRM::Zero(128, 128), 0), kRelative * loss);
   SplitMix64 rng(6);
@@ -252,7 +247,7 @@ TEST(LayerLoss, TheGaugeGradientComesFromRoundingOnly) {
     }
     return std::pair(smallest, largest);
   };
-  EXPECT_LT(relative_z(1).second, 5 * 256 * 0x1.0p-24);  // as above
+  EXPECT_LT(relative_z(1).second, 6 * 256 * 0x1.0p-24);  // as above
   EXPECT_GT(relative_z(64).first, 0.01);
 }
 
