@@ -2,8 +2,8 @@
 //
 // The layer-output loss: for every linear, ||y' - y||^2 / ||y||^2 over some tokens, where y is the
 // output of the original weight and y' that of the rounded weight (and branch) on the rounded
-// input, both in the learned basis; the mean over the seven linears. Inputs are those of the
-// full-precision model, so layers are independent problems (docs/method.md, section 5).
+// input, turned back out of the learned basis; the mean over the seven linears. Inputs are those of
+// the full-precision model, so layers are independent problems (docs/method.md, section 5).
 //
 // Bases are orthogonal matrices; the residual stream is x B. A sublayer reads in one basis and
 // writes in the next: attention reads `in` and writes `mid`, the FFN reads `mid` and writes `out`.

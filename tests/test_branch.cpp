@@ -150,6 +150,16 @@ TEST(RoundBranch, IsBetterThanRoundingTheFactorsToNearest) {
   EXPECT_LT(site.missing(product, branch.a, branch.b), site.missing(product, a, b));
 }
 
+TEST(RoundBranch, FitsTheSecondFactorToTheTarget) {
+  const SeenSite site(correlated_inputs(kTokens, 1));
+  LowRank factors = truncated_svd(random_matrix(kOut, kIn, 9), kRank);
+  const FloatMatrix product = product_nn(factors.b, factors.a, 1);
+  for (float& value : factors.b.data) value *= -1;  // so that what is given misses the target
+  const FittedBranch branch = round_branch(factors, product, site.stats, site.factor, spec(4));
+  // Three roundings of 1 % each, as above, and damping of 1 % towards the opposite.
+  EXPECT_LT(site.missing(product, branch.a, branch.b), 0.05);
+}
+
 TEST(BalanceBranch, KeepsTheProduct) {
   LowRank factors = truncated_svd(random_matrix(kOut, kIn, 9), kRank);
   const FloatMatrix before = product_nn(factors.b, factors.a, 1);

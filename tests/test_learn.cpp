@@ -54,11 +54,11 @@ TEST(Learn, TheLossFallsAndBasesStayOrthogonal) {
   for (const char* method : {"spinquant", "respinquant", "twinquant"}) {
     QuantizeOptions options = learning_options(method);
     options.split = Split::kSvd;
-    options.steps = 60;
+    options.steps = 40;
     Learning learning(tiny.model(), options);
     const LearnResult result = learning.run();
-    ASSERT_EQ(result.losses.size(), 60u);
-    EXPECT_LT(mean(result.losses, 50, 60), 0.97 * mean(result.losses, 0, 5)) << method;
+    ASSERT_EQ(result.losses.size(), 40u);
+    EXPECT_LT(mean(result.losses, 35, 40), 0.95 * mean(result.losses, 0, 5)) << method;
     EXPECT_LT(result.orthogonality_error, 1e-9) << method;
     EXPECT_EQ(result.basis.residual.size(), options.basis == Basis::kLayerwise ? 7u : 1u);
     EXPECT_EQ(result.basis.heads.size(), 3u);
@@ -182,8 +182,8 @@ struct Planted {
       const MatrixRM rest = (x * read) * (write.transpose() * w * read).transpose();
       const MatrixRM branch =
           (x * read) * (a * read).transpose() * (write.transpose() * b).transpose();
-      const MatrixRM y = (kClip * rest + kClip * kClip * branch) * write.transpose();
-      loss += (y - target).squaredNorm() / target.squaredNorm() / int{kNLinears};
+      loss += ((kClip * rest + kClip * kClip * branch) * write.transpose() - target).squaredNorm() /
+              target.squaredNorm() / int{kNLinears};
     }
     return loss;
   }
@@ -203,8 +203,8 @@ TEST(LayerLoss, GradientsAreThoseOfASmoothLoss) {
   Planted planted(tiny.model());
   std::vector<std::vector<float>> gradients;
   const double loss = planted.run(gradients);
-  // Five f32 products in a row, of 256 terms at most.
-  constexpr double kRelative = 5 * 256 * 0x1.0p-24;
+  // Six f32 products in a row, of 256 terms at most.
+  constexpr double kRelative = 6 * 256 * 0x1.0p-24;
   const std::vector<FloatMatrix*> operands = planted.operands();
   EXPECT_NEAR(loss, planted.smooth_loss(0, MatrixRM::Zero(128, 128), 0), kRelative * loss);
   SplitMix64 rng(6);
@@ -247,7 +247,7 @@ TEST(LayerLoss, TheGaugeGradientComesFromRoundingOnly) {
     }
     return std::pair(smallest, largest);
   };
-  EXPECT_LT(relative_z(1).second, 5 * 256 * 0x1.0p-24);  // as above
+  EXPECT_LT(relative_z(1).second, 6 * 256 * 0x1.0p-24);  // as above
   EXPECT_GT(relative_z(64).first, 0.01);
 }
 
