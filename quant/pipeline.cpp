@@ -185,8 +185,13 @@ class Pipeline {
                               if (hooks_.descent) hooks_.descent("refining", step, n_steps, kl);
                             },
                             [&] { check_interrupted(); }};
-    result_.refine_losses =
+    RefineResult refined =
         refine_scales(layers, {source_, calibration, reference, input, output}, options_, hooks);
+    char text[128];
+    std::snprintf(text, sizeof text, "scales refined: KL to the original %.4f before, %.4f after%s",
+                  refined.before, refined.after, refined.kept() ? "" : ", so they were not kept");
+    note(text);
+    result_.refine_losses = std::move(refined.losses);
     for (size_t i = 0; i < layers.size(); ++i) {
       finished_[i].layer = std::move(layers[i]);
       write_layer(static_cast<int64_t>(i), finished_[i]);

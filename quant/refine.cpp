@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
+#include <iterator>
 #include <numbers>
+#include <span>
 
 #include "cpu/autodiff_model.h"
 #include "cpu/autodiff_ops.h"
@@ -19,6 +21,8 @@ namespace {
 // Sequences a step. Steps of Adam are relative: a scale moves by at most kRate of itself a step.
 constexpr int64_t kSequences = 2;
 constexpr double kRate = 0.004, kFirstDecay = 0.9, kSecondDecay = 0.95, kWarmUp = 0.05;
+// Sequences whose KL decides whether the refined scales are kept.
+constexpr int64_t kJudges = 4;
 constexpr uint64_t kOrder = 4u << 20;  // stream of random numbers
 
 // The scales of one packed matrix, with Adam's moments.
@@ -107,28 +111,23 @@ class Student {
     }
   }
 
-  // Adds the gradient of KL / kSequences over one sequence to the scales; returns the KL.
+  // KL over one sequence, nats a token; adds the gradient of KL / kSequences to the scales.
   double learn_from(size_t sample) {
-    const std::vector<int32_t>& tokens = inputs_.calibration.samples[sample];
-    const int64_t rows = static_cast<int64_t>(tokens.size());
-    const std::vector<float> embedded = embed(tokens);
-    const float* reference =
-        inputs_.reference.data() + static_cast<int64_t>(sample) * rows * config_.dim;
     Tape tape(kernels_for(best_isa()), options_.threads);
-    Var x = tape.constant({1, rows, config_.dim}, embedded.data());
-    for (size_t index = 0; index < layers_.size(); ++index) {
-      x = checkpoint(tape,
-                     [this, index](Tape& inner, const std::vector<Var>& in) {
-                       return layer(inner, index, in[0]);
-                     },
-                     {x});
-    }
-    const Var head = tape.constant({1, head_.rows, head_.cols}, head_.data.data());
-    const Var target = final_hidden(tape.constant({1, rows, config_.dim}, reference));
-    const Var loss = head_kl(target, head, final_hidden(x), head);
+    const Var loss = kl_of(tape, sample);
     const double value = loss.item();
     tape.backward(scale(loss, 1.0f / kSequences));
     return value;
+  }
+
+  // Mean KL over some sequences; changes nothing.
+  double measure(std::span<const size_t> samples) {
+    double total = 0;
+    for (size_t sample : samples) {
+      Tape tape(kernels_for(best_isa()), options_.threads);
+      total += kl_of(tape, sample).item() / static_cast<double>(samples.size());
+    }
+    return total;
   }
 
   void step(double rate, int64_t t) {
@@ -139,6 +138,25 @@ class Student {
   }
 
  private:
+  Var kl_of(Tape& tape, size_t sample) {
+    const std::vector<int32_t>& tokens = inputs_.calibration.samples[sample];
+    const int64_t rows = static_cast<int64_t>(tokens.size());
+    embedded_ = embed(tokens);
+    const float* reference =
+        inputs_.reference.data() + static_cast<int64_t>(sample) * rows * config_.dim;
+    Var x = tape.constant({1, rows, config_.dim}, embedded_.data());
+    for (size_t index = 0; index < layers_.size(); ++index) {
+      x = checkpoint(tape,
+                     [this, index](Tape& inner, const std::vector<Var>& in) {
+                       return layer(inner, index, in[0]);
+                     },
+                     {x});
+    }
+    const Var head = tape.constant({1, head_.rows, head_.cols}, head_.data.data());
+    const Var target = final_hidden(tape.constant({1, rows, config_.dim}, reference));
+    return head_kl(target, head, final_hidden(x), head);
+  }
+
   Weight make_weight(OwnedMatrix& matrix) {
     Weight weight;
     if (matrix.view().packed()) {
@@ -250,6 +268,7 @@ class Student {
   FloatMatrix last_;                   // dense output basis
   RopeTable rope_;
   FloatMatrix head_;
+  std::vector<float> embedded_;  // of the sequence on the tape
   std::vector<std::pair<std::optional<FloatStep>, std::optional<FloatStep>>> skips_;
   std::deque<Scales> scales_;  // stable addresses
   std::vector<std::array<StudentLinear, kNLinears>> linears_;
@@ -265,10 +284,14 @@ std::vector<size_t> shuffled(size_t count, uint64_t seed) {
 
 }  // namespace
 
-std::vector<double> refine_scales(std::vector<OwnedLayer>& layers, const RefineInputs& inputs,
-                                  const QuantizeOptions& options, const RefineHooks& hooks) {
+RefineResult refine_scales(std::vector<OwnedLayer>& layers, const RefineInputs& inputs,
+                           const QuantizeOptions& options, const RefineHooks& hooks) {
   Student student(layers, inputs, options);
   const std::vector<size_t> order = shuffled(inputs.calibration.samples.size(), options.seed);
+  // The last sequences of the order judge; steps reach them only when they go round.
+  const std::span<const size_t> judges(order.end() - std::min<int64_t>(kJudges, std::ssize(order)),
+                                       order.end());
+  const double before = student.measure(judges);
   std::vector<double> losses;
   size_t next = 0;
   for (int64_t step = 0; step < options.refine_steps; ++step) {
@@ -284,8 +307,9 @@ std::vector<double> refine_scales(std::vector<OwnedLayer>& layers, const RefineI
     losses.push_back(kl);
     hooks.progress(step + 1, options.refine_steps, kl);
   }
-  student.store();
-  return losses;
+  const double after = student.measure(judges);
+  if (after < before) student.store();
+  return {std::move(losses), before, after};
 }
 
 }  // namespace tq

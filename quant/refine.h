@@ -33,8 +33,15 @@ struct RefineHooks {
   std::function<void()> stop;  // throws to abandon
 };
 
-/// Changes the scales in `layers`. Returns the mean KL of each step's sequences, nats a token.
-std::vector<double> refine_scales(std::vector<OwnedLayer>& layers, const RefineInputs& inputs,
-                                  const QuantizeOptions& options, const RefineHooks& hooks);
+struct RefineResult {
+  std::vector<double> losses;    // mean KL of each step's sequences, nats a token
+  double before = 0, after = 0;  // KL of a few other sequences
+  bool kept() const { return after < before; }
+};
+
+/// Refines the scales in `layers`. Where that does not lower the KL of sequences that the steps saw
+/// last or not at all, the scales stay as they were.
+RefineResult refine_scales(std::vector<OwnedLayer>& layers, const RefineInputs& inputs,
+                           const QuantizeOptions& options, const RefineHooks& hooks);
 
 }  // namespace tq

@@ -125,6 +125,9 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
     if (!args.refine_steps) options.refine_steps = 0;
   }
   override_with(options.bits_a, args.bits_a);
+  // A preset's rank is what most models bear, not a demand.
+  options.rank =
+      std::min({options.rank, config.dim, config.hidden_dim, config.q_dim(), config.kv_dim()});
   override_with(options.rank, args.rank);
   if (args.split) options.split = *args.split == "fit" ? Split::kFit : Split::kSvd;
   override_with(options.branch_bits, args.branch_bits);
