@@ -56,7 +56,6 @@ class Descending {
     optimizer_->step(matrix, d);
     publish();
   }
-  void set_rate(double rate) { rate_ = rate; }
 
   MatrixRM matrix;
   FloatMatrix values;           // the same in f32, as the tape reads it

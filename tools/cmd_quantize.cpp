@@ -31,7 +31,7 @@ using Clock = std::chrono::steady_clock;
 
 // Options as typed; absent ones keep the method's default.
 struct QuantizeArguments {
-  std::string folder, output, method = "twinquant", report, calib;
+  std::string folder, output, method = "quarot", report, calib;
   std::optional<std::string> rounding, basis, split, basis_rank, act_codes;
   std::optional<int64_t> rank, steps, refine_steps;
   std::optional<int> branch_bits, bits_w, bits_a, embed_bits, head_bits, kv_bits;
