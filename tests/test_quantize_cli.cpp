@@ -62,8 +62,10 @@ class QuantizeCli : public testing::Test {
   std::string calib() {
     return " --calib " + (folder_ / "calib.txt") + " --calib-length 32 --calib-samples 4";
   }
-  // The default method with little to do.
-  std::string learned() { return calib() + " --rank 8 --steps 4 --refine-steps 2"; }
+  // The method with the most stages, with little to do.
+  std::string learned() {
+    return calib() + " --method twinquant --rank 8 --steps 4 --refine-steps 2";
+  }
 
   TempDir folder_;
 };
@@ -209,7 +211,9 @@ TEST_F(QuantizeCli, UnfinishedWorkOfAnotherModelOrOtherOptionsIsRefused) {
   ASSERT_TRUE(std::filesystem::exists(folder_ / "m.tq.resume"));
   const std::string other = std::string(TQ_FIXTURES) + "/random-models/llama3-rope-f16";
   const std::string no_match = "resume data does not match: ";
-  expect_failure(3, kModel + output() + calib() + " --rank 8 --refine-steps 2 --resume --steps 5",
+  expect_failure(3,
+                 kModel + output() + calib() +
+                     " --method twinquant --rank 8 --refine-steps 2 --resume --steps 5",
                  no_match + "steps");
   expect_failure(3, kModel + unfinished + " --resume --seed 1", no_match + "seed");
   expect_failure(3, other + unfinished + " --resume", no_match);
