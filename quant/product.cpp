@@ -8,11 +8,23 @@
 namespace tq {
 namespace {
 
-FloatMatrix multiply(GemmJob job, int threads) {
-  FloatMatrix c{job.rows, job.cols, {}};
-  c.data.resize(static_cast<size_t>(job.rows * job.cols));
+// a b with b's elements (k, j) at k * b_depth + j * b_col.
+FloatMatrix multiply(const FloatMatrix& a, const FloatMatrix& b, int64_t cols, int64_t b_depth,
+                     int64_t b_col, int threads) {
+  FloatMatrix c{a.rows, cols, {}};
+  c.data.resize(static_cast<size_t>(a.rows * cols));
+  GemmJob job = {};
+  job.a = a.data.data();
+  job.a_row = a.cols;
+  job.a_depth = 1;
+  job.b = b.data.data();
+  job.b_depth = b_depth;
+  job.b_col = b_col;
   job.c = c.data.data();
-  job.c_row = job.cols;
+  job.c_row = cols;
+  job.rows = a.rows;
+  job.cols = cols;
+  job.depth = a.cols;
   run_gemms(kernels_for(best_isa()), threads, {&job, 1});
   return c;
 }
@@ -21,32 +33,12 @@ FloatMatrix multiply(GemmJob job, int threads) {
 
 FloatMatrix product_nt(const FloatMatrix& a, const FloatMatrix& b, int threads) {
   TQ_CHECK(a.cols == b.cols);
-  GemmJob job = {};
-  job.a = a.data.data();
-  job.a_row = a.cols;
-  job.a_depth = 1;
-  job.b = b.data.data();
-  job.b_depth = 1;
-  job.b_col = b.cols;
-  job.rows = a.rows;
-  job.cols = b.rows;
-  job.depth = a.cols;
-  return multiply(job, threads);
+  return multiply(a, b, b.rows, 1, b.cols, threads);
 }
 
 FloatMatrix product_nn(const FloatMatrix& a, const FloatMatrix& b, int threads) {
   TQ_CHECK(a.cols == b.rows);
-  GemmJob job = {};
-  job.a = a.data.data();
-  job.a_row = a.cols;
-  job.a_depth = 1;
-  job.b = b.data.data();
-  job.b_depth = b.cols;
-  job.b_col = 1;
-  job.rows = a.rows;
-  job.cols = b.cols;
-  job.depth = a.cols;
-  return multiply(job, threads);
+  return multiply(a, b, b.cols, b.cols, 1, threads);
 }
 
 FloatMatrix product_tn(const FloatMatrix& a, const FloatMatrix& b, int threads) {
