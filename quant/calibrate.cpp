@@ -32,6 +32,14 @@ int64_t Calibration::n_tokens() const {
   return count;
 }
 
+uint64_t Calibration::hash() const {
+  uint64_t hash = 0;
+  for (const auto& sample : samples) {
+    hash = XXH3_64bits_withSeed(sample.data(), sample.size() * sizeof(int32_t), hash);
+  }
+  return hash;
+}
+
 Calibration cut_samples(const std::vector<int32_t>& ids, int64_t n_samples, int64_t length,
                         int64_t vocab_size, const std::string& where) {
   TQ_CHECK(n_samples > 0 && length > 0);
@@ -52,9 +60,6 @@ Calibration cut_samples(const std::vector<int32_t>& ids, int64_t n_samples, int6
   for (int64_t i = 0; i < n_samples; ++i) {
     const auto begin = ids.begin() + i * n_windows / n_samples * length;
     calibration.samples.emplace_back(begin, begin + length);
-    calibration.hash =
-        XXH3_64bits_withSeed(calibration.samples.back().data(),
-                             static_cast<size_t>(length) * sizeof(int32_t), calibration.hash);
   }
   return calibration;
 }

@@ -20,8 +20,8 @@ namespace tq {
 /// Windows of equal length, cut from a tokenised text.
 struct Calibration {
   std::vector<std::vector<int32_t>> samples;
-  uint64_t hash = 0;  // of all ids
   int64_t n_tokens() const;
+  uint64_t hash() const;  // of all ids
 };
 
 /// Up to `n_samples` windows of `length` tokens that do not overlap, spread evenly over the text.
@@ -30,7 +30,7 @@ struct Calibration {
 Calibration cut_samples(const std::vector<int32_t>& ids, int64_t n_samples, int64_t length,
                         int64_t vocab_size, const std::string& where);
 
-/// The text used without --calib: addresses of US presidents, public domain, 290 kB.
+/// The text used without --calib: passages of the English Wikipedia, CC BY-SA 3.0, 330 kB.
 std::string_view builtin_calibration_text();
 
 class CalibrationStream {

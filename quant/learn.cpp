@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <numeric>
 
 #include "model/error.h"
 #include "quant/branch.h"
@@ -20,6 +21,8 @@ namespace {
 constexpr int64_t kLayersPerStep = 6, kTokensPerStep = 256;
 // Step lengths at the start of the cosine schedule, of Adam per entry of the generator (radians).
 constexpr double kResidualRate = 0.004, kHeadRate = 0.01, kLayerwiseRate = 0.002, kGaugeRate = 0.01;
+// Of these rates where the loss is that of predictions: the gradient of one sequence is noisy.
+constexpr double kPredictionShare = 0.3;
 // Streams of random numbers, apart from those of quantize_layer.cpp (0 .. n_layers).
 constexpr uint64_t kResidualSigns = 1u << 20, kHeadSigns = 2u << 20, kSchedule = 3u << 20;
 
@@ -95,16 +98,22 @@ struct DescendingBranch {
 
 class Learner {
  public:
-  Learner(const Model& model, const QuantizeOptions& options, const InputBank& bank,
-          const Transform& down, const LearnHooks& hooks)
-      : model_(model),
+  Learner(const LearnInputs& inputs, const QuantizeOptions& options, const LearnHooks& hooks)
+      : inputs_(inputs),
         options_(options),
-        bank_(bank),
-        down_(down),
         hooks_(hooks),
-        n_layers_(model.config.n_layers),
+        context_(inputs.model.config, inputs.down),
+        n_layers_(inputs.model.config.n_layers),
         rng_(options.seed, kSchedule) {
-    const Config& c = model.config;
+    const Config& c = inputs.model.config;
+    if (options.loss == LearningLoss::kPredictions) {
+      head_ = to_float_matrix(inputs.model.lm_head.weight);
+      for (int64_t row = 0; row < head_.rows; ++row) {
+        for (int64_t i = 0; i < c.dim; ++i) {
+          head_.row(row)[i] *= inputs.model.final_norm[static_cast<size_t>(i)];
+        }
+      }
+    }
     residual_.emplace_back(random_hadamard(c.dim, options.seed, kResidualSigns), kResidualRate);
     for (int64_t layer = 0; layer < n_layers_; ++layer) {
       const uint64_t stream = kHeadSigns + static_cast<uint64_t>(layer);
@@ -154,7 +163,7 @@ class Learner {
       for (size_t i = 0; i < kNLinears; ++i) {
         DescendingBranch& branch = branches_.back()[i];
         branch.factors = truncated_svd(layer.linears[i], options_.rank);
-        const FloatMatrix x = bank_.gather(index, kSiteOf[i], all_tokens());
+        const FloatMatrix x = inputs_.bank->gather(index, kSiteOf[i], all_tokens());
         const FloatMatrix h = product_nt(x, branch.factors.a, options_.threads);
         balance_branch(branch.factors,
                        to_double(product_tn(h, h, options_.threads)) / static_cast<double>(h.rows),
@@ -176,16 +185,23 @@ class Learner {
   }
 
   std::vector<int64_t> all_tokens() const {
-    std::vector<int64_t> tokens(static_cast<size_t>(bank_.n_tokens()));
+    std::vector<int64_t> tokens(static_cast<size_t>(inputs_.bank->n_tokens()));
     for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int64_t>(i);
     return tokens;
   }
 
   FloatLayer load(int64_t index) const {
-    FloatLayer layer = load_float_layer(model_, index, options_.threads);
+    FloatLayer layer = load_float_layer(inputs_.model, index, options_.threads);
     fold_norm_gains(layer, options_.threads);
-    transform_rows(layer.linears[kWDown], down_, 1, options_.threads);
+    transform_rows(layer.linears[kWDown], inputs_.down, 1, options_.threads);
     return layer;
+  }
+
+  LayerBases bases(int64_t index) {
+    const bool shared = residual_.size() == 1;
+    const size_t at = shared ? 0 : static_cast<size_t>(2 * index);
+    return {residual_[at].leaf(), residual_[shared ? 0 : at + 1].leaf(),
+            residual_[shared ? 0 : at + 2].leaf(), heads_[static_cast<size_t>(index)].leaf()};
   }
 
   // Every layer once before any comes again, in random order.
@@ -203,16 +219,22 @@ class Learner {
 
   void descend(int64_t first, int64_t last) {
     const int64_t n_visits = std::min(kLayersPerStep, n_layers_);
+    const double scale = options_.loss == LearningLoss::kPredictions ? kPredictionShare : 1.0;
     for (int64_t step = first; step < last; ++step) {
       double loss = 0;
       std::vector<int64_t> visited;
-      for (int64_t i = 0; i < n_visits; ++i) {
+      if (options_.loss == LearningLoss::kPredictions) {
         hooks_.stop();
-        visited.push_back(next_layer());
-        loss += visit(visited.back()) / static_cast<double>(n_visits);
+        loss = predict();
+      } else {
+        for (int64_t i = 0; i < n_visits; ++i) {
+          hooks_.stop();
+          visited.push_back(next_layer());
+          loss += visit(visited.back()) / static_cast<double>(n_visits);
+        }
       }
       const double progress = static_cast<double>(step - first) / static_cast<double>(last - first);
-      const double factor = 0.5 * (1.0 + std::cos(std::numbers::pi * progress));
+      const double factor = scale * 0.5 * (1.0 + std::cos(std::numbers::pi * progress));
       move(visited, factor);
       losses_.push_back(loss);
       const size_t window = std::min<size_t>(losses_.size(), 10);
@@ -223,23 +245,17 @@ class Learner {
   }
 
   double visit(int64_t index) {
-    std::vector<int64_t> tokens;
-    for (int64_t i = 0; i < kTokensPerStep; ++i) {
-      tokens.push_back(static_cast<int64_t>(rng_.next() % static_cast<uint64_t>(bank_.n_tokens())));
-    }
+    const bool block = options_.loss == LearningLoss::kBlock;
+    const std::vector<int64_t> tokens = block ? neighbouring_tokens() : random_tokens();
     FloatLayer layer = load(index);
     std::array<FloatMatrix, kNLinears> originals;
     LayerProblem problem;
     problem.layer = &layer;
     for (size_t site = 0; site < 4; ++site) {
-      problem.inputs[site] = bank_.gather(index, static_cast<Site>(site), tokens);
+      problem.inputs[site] = inputs_.bank->gather(index, static_cast<Site>(site), tokens);
     }
-    const bool shared = residual_.size() == 1;
-    const size_t at = shared ? 0 : static_cast<size_t>(2 * index);
-    problem.in = residual_[at].leaf();
-    problem.mid = residual_[shared ? 0 : at + 1].leaf();
-    problem.out = residual_[shared ? 0 : at + 2].leaf();
-    problem.heads = heads_[static_cast<size_t>(index)].leaf();
+    problem.bases = bases(index);
+    if (block) return block_loss(problem, context_, options_);
     if (!branches_.empty()) {
       for (size_t i = 0; i < kNLinears; ++i) {
         DescendingBranch& branch = branches_[static_cast<size_t>(index)][i];
@@ -249,7 +265,45 @@ class Learner {
         problem.branches[i] = {&branch.factors, branch.gradient_a.data(), branch.gradient_b.data()};
       }
     }
-    return layer_loss(problem, options_);
+    return layer_loss(problem, context_, options_);
+  }
+
+  uint64_t random_below(int64_t n) { return rng_.next() % static_cast<uint64_t>(n); }
+
+  std::vector<int64_t> random_tokens() {
+    std::vector<int64_t> tokens;
+    for (int64_t i = 0; i < kTokensPerStep; ++i) {
+      tokens.push_back(static_cast<int64_t>(random_below(inputs_.bank->n_tokens())));
+    }
+    return tokens;
+  }
+
+  // A piece of one sample.
+  std::vector<int64_t> neighbouring_tokens() {
+    const int64_t length = inputs_.bank->sample_length(), count = std::min(kTokensPerStep, length);
+    const int64_t sample =
+        static_cast<int64_t>(random_below(inputs_.bank->n_tokens() / length)) * length;
+    const int64_t first = sample + static_cast<int64_t>(random_below(length - count + 1));
+    std::vector<int64_t> tokens(static_cast<size_t>(count));
+    std::iota(tokens.begin(), tokens.end(), first);
+    return tokens;
+  }
+
+  // The whole model with one sequence.
+  double predict() {
+    const auto& samples = inputs_.calibration.samples;
+    PredictionProblem problem;
+    problem.tokens = samples[random_below(std::ssize(samples))];
+    problem.tok_embed = &inputs_.model.tok_embed;
+    problem.head = &head_;
+    problem.n_layers = n_layers_;
+    problem.layer = [this](int64_t index) -> const FloatLayer& {
+      if (index != loaded_index_) loaded_ = load(index);
+      loaded_index_ = index;
+      return loaded_;
+    };
+    for (int64_t index = 0; index < n_layers_; ++index) problem.bases.push_back(bases(index));
+    return prediction_loss(problem, context_, options_);
   }
 
   void move(const std::vector<int64_t>& visited, double factor) {
@@ -271,12 +325,14 @@ class Learner {
     }
   }
 
-  const Model& model_;
+  const LearnInputs& inputs_;
   const QuantizeOptions& options_;
-  const InputBank& bank_;
-  const Transform& down_;
   const LearnHooks& hooks_;
+  const LayerContext context_;
   const int64_t n_layers_;
+  FloatMatrix head_;   // for the loss of predictions, with the final norm's gain
+  FloatLayer loaded_;  // its last layer
+  int64_t loaded_index_ = -1;
   SplitMix64 rng_;
   std::vector<Descending> residual_, heads_;
   std::vector<std::array<DescendingBranch, kNLinears>> branches_;
@@ -290,8 +346,8 @@ InputBank::InputBank(const Model& model, const Calibration& calibration, const T
                      Backend& backend, int threads,
                      const std::function<void(int64_t layer)>& progress) {
   Calibration first;
-  const int64_t length = static_cast<int64_t>(calibration.samples.front().size());
-  const size_t n_samples = static_cast<size_t>((kTokens + length - 1) / length);
+  length_ = static_cast<int64_t>(calibration.samples.front().size());
+  const size_t n_samples = static_cast<size_t>((kTokens + length_ - 1) / length_);
   // Spread over the text like the samples themselves.
   const size_t available = calibration.samples.size(), count = std::min(n_samples, available);
   for (size_t i = 0; i < count; ++i) {
@@ -328,9 +384,9 @@ FloatMatrix InputBank::gather(int64_t layer, Site site, const std::vector<int64_
   return x;
 }
 
-LearnResult learn_basis(const Model& model, const QuantizeOptions& options, const InputBank& bank,
-                        const Transform& down, const LearnHooks& hooks) {
-  return Learner(model, options, bank, down, hooks).run();
+LearnResult learn_basis(const LearnInputs& inputs, const QuantizeOptions& options,
+                        const LearnHooks& hooks) {
+  return Learner(inputs, options, hooks).run();
 }
 
 }  // namespace tq

@@ -6,9 +6,10 @@
 //   Q split svd   Q, R2, and for every linear a G in GL(r) between the factors of its branch
 //               (TwinQuant): A <- G A, B <- B G^-1
 //
-// A step visits a few layers with fresh tokens each, sums the gradients, and moves every basis
-// along its manifold: the loss needs no end-to-end pass. Not here: the loss (objective.h), what
-// becomes of the result (learned_basis.h). Read next: learn.cpp, Learner::run().
+// A step visits a few layers with fresh tokens each (or, for the loss of predictions, the whole
+// model with one sequence), sums the gradients, and moves every basis along its manifold. Not here:
+// the losses (objective.h), what becomes of the result (learned_basis.h). Read next: learn.cpp,
+// Learner::run().
 #pragma once
 
 #include <functional>
@@ -30,10 +31,11 @@ class InputBank {
   /// Rows `tokens` of a site, [tokens.size(), n].
   FloatMatrix gather(int64_t layer, Site site, const std::vector<int64_t>& tokens) const;
   int64_t n_tokens() const { return n_tokens_; }
+  int64_t sample_length() const { return length_; }  // tokens of one sample are neighbours
 
  private:
   std::vector<std::array<FloatMatrix, 4>> inputs_;  // [layer][site]
-  int64_t n_tokens_ = 0;
+  int64_t n_tokens_ = 0, length_ = 0;
 };
 
 struct LearnHooks {
@@ -48,8 +50,15 @@ struct LearnResult {
   double orthogonality_error = 0;  // largest |B^T B - I| of all bases
 };
 
+struct LearnInputs {
+  const Model& model;
+  const Calibration& calibration;
+  const InputBank* bank;  // null: not needed, for the loss of predictions
+  const Transform& down;  // before w_down
+};
+
 /// Learns what options.basis asks for from options.seed; same bits for any number of threads.
-LearnResult learn_basis(const Model& model, const QuantizeOptions& options, const InputBank& bank,
-                        const Transform& down, const LearnHooks& hooks);
+LearnResult learn_basis(const LearnInputs& inputs, const QuantizeOptions& options,
+                        const LearnHooks& hooks);
 
 }  // namespace tq

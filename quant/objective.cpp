@@ -1,118 +1,111 @@
-// objective - one layer on a tape. See objective.h.
+// objective - the losses on a tape. See objective.h.
 #include "quant/objective.h"
 
-#include <algorithm>
-
+#include "cpu/autodiff_model.h"
 #include "cpu/autodiff_ops.h"
-#include "cpu/autodiff_rounding.h"
 
 namespace tq {
 namespace {
 
-// Weights are rounded to nearest while the basis is learned, with a clip near what the search of
-// round_matrix() finds for Gaussian groups. GPTQ comes later, and a basis that was learned without
-// any rounding of the weights serves it worse.
-constexpr float kWeightClip = 0.95f;
-
-class Objective {
+class LayerLoss {
  public:
-  Objective(const LayerProblem& problem, const QuantizeOptions& options)
+  LayerLoss(const LayerProblem& problem, const LayerContext& context,
+            const QuantizeOptions& options)
       : problem_(problem),
         tape_(kernels_for(best_isa()), options.threads),
-        weight_rounding_{std::min(options.bits_w, 8), options.group, false, kWeightClip},
-        input_rounding_{options.bits_a, options.group_a, options.full_range, 1.0f},
-        rounds_input_(options.bits_a < 16) {}
+        original_(tape_, *problem.layer, nullptr, context, options),
+        rounded_(tape_, *problem.layer, &problem.bases, context, options) {}
 
-  double run() {
-    const Var in = leaf(problem_.in), mid = leaf(problem_.mid), out = leaf(problem_.out);
-    const Var heads = leaf(problem_.heads);
-    const auto same = [](const Var& y) { return y; };
-
-    Var x = input(Site::kAttnIn);
-    Var rounded = round_input(matmul_nn(x, in));
-    const auto read_in = [&](const Var& w) { return matmul_nn(w, in); };
-    add_linear(kWq, x, rounded, read_in, same, same);
-    add_linear(kWk, x, rounded, read_in, same, same);
-    add_linear(
-        kWv, x, rounded, read_in, [&](const Var& w) { return fold_left(w, heads); },
-        [&](const Var& y) { return unrotate_heads(y, heads); });
-
+  double of_linears() {
+    Var x = input(Site::kAttnIn), rounded = rounded_.input(Site::kAttnIn, x);
+    for (LinearIndex index : {kWq, kWk, kWv}) add_linear(index, x, rounded);
     x = input(Site::kAttnOut);
-    rounded = round_input(fold_right(x, heads));
-    add_linear(
-        kWo, x, rounded, [&](const Var& w) { return fold_right(w, heads); },
-        [&](const Var& w) { return fold_left(w, mid); },
-        [&](const Var& y) { return matmul_nt(y, mid); });
-
+    add_linear(kWo, x, rounded_.input(Site::kAttnOut, x));
     x = input(Site::kFfnIn);
-    rounded = round_input(matmul_nn(x, mid));
-    const auto read_mid = [&](const Var& w) { return matmul_nn(w, mid); };
-    add_linear(kWGate, x, rounded, read_mid, same, same);
-    add_linear(kWUp, x, rounded, read_mid, same, same);
-
+    rounded = rounded_.input(Site::kFfnIn, x);
+    for (LinearIndex index : {kWGate, kWUp}) add_linear(index, x, rounded);
     x = input(Site::kFfnMid);
-    rounded = round_input(x);
-    add_linear(
-        kWDown, x, rounded, same, [&](const Var& w) { return fold_left(w, out); },
-        [&](const Var& y) { return matmul_nt(y, out); });
+    add_linear(kWDown, x, rounded_.input(Site::kFfnMid, x));
+    return finish(kNLinears);
+  }
 
-    const Var loss = scale(total_, 1.0f / static_cast<float>(kNLinears));
+  double of_blocks() {
+    const Var attn_in = input(Site::kAttnIn), ffn_in = input(Site::kFfnIn);
+    add_error(rounded_.attention(attn_in, 1), original_.attention(attn_in, 1));
+    add_error(rounded_.ffn(ffn_in), original_.ffn(ffn_in));
+    return finish(2);
+  }
+
+ private:
+  Var constant(const FloatMatrix& m) { return tape_.constant({1, m.rows, m.cols}, m.data.data()); }
+  Var input(Site site) { return constant(problem_.inputs[static_cast<size_t>(site)]); }
+
+  void add_linear(LinearIndex index, const Var& x, const Var& rounded) {
+    const size_t i = static_cast<size_t>(index);
+    const FloatMatrix* original = problem_.originals[i];
+    const Var target = original ? matmul_nt(x, constant(*original)) : original_.output(index, x);
+    add_error(rounded_.output(index, rounded, problem_.branches[i]), target);
+  }
+  void add_error(const Var& y, const Var& target) {
+    const Var error = relative_error(y, target);
+    total_ = total_.value().exists() ? add(total_, error) : error;
+  }
+  double finish(int n_terms) {
+    const Var loss = scale(total_, 1.0f / static_cast<float>(n_terms));
     const double value = loss.item();
     tape_.backward(loss);
     return value;
   }
 
- private:
-  Var constant(const FloatMatrix& m) { return tape_.constant({1, m.rows, m.cols}, m.data.data()); }
-  Var leaf(const BasisLeaf& basis) {
-    const FloatMatrix& m = *basis.matrix;
-    return tape_.parameter({1, m.rows, m.cols}, m.data.data(), basis.gradient);
-  }
-  Var input(Site site) { return constant(problem_.inputs[static_cast<size_t>(site)]); }
-  Var round_input(const Var& x) { return rounds_input_ ? round_groups(x, input_rounding_) : x; }
-  Var round_weight(const Var& w) { return round_groups(w, weight_rounding_); }
-
-  // y diag(heads, heads, ..)^T
-  static Var unrotate_heads(const Var& y, const Var& heads) {
-    const int64_t n = heads.shape().cols;
-    return reshape(matmul_nt(reshape(y, {1, y.shape().size() / n, n}), heads), y.shape());
-  }
-
-  // read: folds what reads x into a weight's columns; write: what its output is rotated by into its
-  // rows; back: undoes that on the output. Outputs are compared in the original basis, because a
-  // target that turns with the basis has a gradient too, which cancels most of the output's.
-  template <typename Read, typename Write, typename Back>
-  void add_linear(LinearIndex index, const Var& x, const Var& rounded, const Read& read,
-                  const Write& write, const Back& back) {
-    const size_t i = static_cast<size_t>(index);
-    const FloatMatrix& weight = problem_.layer->linears[i];
-    const BranchLeaf& branch = problem_.branches[i];
-    const Var w = constant(weight);
-    const Var original = branch.factors ? constant(*problem_.originals[i]) : w;
-    const Var target = matmul_nt(x, original);
-    Var y = matmul_nt(rounded, round_weight(write(read(w))));
-    if (branch.factors) {
-      const FloatMatrix &a = branch.factors->a, &b = branch.factors->b;
-      const Var down = tape_.parameter({1, a.rows, a.cols}, a.data.data(), branch.gradient_a);
-      const Var up = tape_.parameter({1, b.rows, b.cols}, b.data.data(), branch.gradient_b);
-      const Var h = matmul_nt(rounded, round_weight(read(down)));
-      y = add(y, matmul_nt(round_input(h), round_weight(write(up))));
-    }
-    const Var error = relative_error(back(y), target);
-    total_ = total_.value().exists() ? add(total_, error) : error;
-  }
-
   const LayerProblem& problem_;
   Tape tape_;
-  GroupRounding weight_rounding_, input_rounding_;
-  bool rounds_input_;
+  RoundedLayer original_, rounded_;
   Var total_;
 };
 
 }  // namespace
 
-double layer_loss(const LayerProblem& problem, const QuantizeOptions& options) {
-  return Objective(problem, options).run();
+double layer_loss(const LayerProblem& problem, const LayerContext& context,
+                  const QuantizeOptions& options) {
+  return LayerLoss(problem, context, options).of_linears();
+}
+
+double block_loss(const LayerProblem& problem, const LayerContext& context,
+                  const QuantizeOptions& options) {
+  return LayerLoss(problem, context, options).of_blocks();
+}
+
+double prediction_loss(const PredictionProblem& problem, const LayerContext& context,
+                       const QuantizeOptions& options) {
+  const Config& c = context.config;
+  const int64_t rows = static_cast<int64_t>(problem.tokens.size());
+  std::vector<float> embedded(static_cast<size_t>(rows * c.dim));
+  for (int64_t i = 0; i < rows; ++i) {
+    matrix_row_f32(*problem.tok_embed, problem.tokens[static_cast<size_t>(i)],
+                   embedded.data() + i * c.dim);
+  }
+  Tape tape(kernels_for(best_isa()), options.threads);
+  const auto run = [&](Tape& on, int64_t index, const LayerBases* bases, const Var& x) {
+    const RoundedLayer layer(on, problem.layer(index), bases, context, options);
+    const Var mid = add(x, layer.attention(rms_norm(x, c.norm_eps), 1));
+    return add(mid, layer.ffn(rms_norm(mid, c.norm_eps)));
+  };
+  Var x = tape.constant({1, rows, c.dim}, embedded.data()), target = x;
+  for (int64_t index = 0; index < problem.n_layers; ++index) {
+    target = run(tape, index, nullptr, target);
+    x = checkpoint(tape,
+                   [&, index](Tape& inner, const std::vector<Var>& inputs) {
+                     return run(inner, index, &problem.bases[static_cast<size_t>(index)],
+                                inputs[0]);
+                   },
+                   {x});
+  }
+  const Var head =
+      tape.constant({1, problem.head->rows, problem.head->cols}, problem.head->data.data());
+  const Var loss = head_kl(rms_norm(target, c.norm_eps), head, rms_norm(x, c.norm_eps), head);
+  const double value = loss.item();
+  tape.backward(loss);
+  return value;
 }
 
 }  // namespace tq

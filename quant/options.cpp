@@ -75,6 +75,18 @@ const char* rounding_name(RoundingKind rounding) {
   return "?";
 }
 
+const char* loss_name(LearningLoss loss) {
+  switch (loss) {
+    case LearningLoss::kLayer:
+      return "layer";
+    case LearningLoss::kBlock:
+      return "block";
+    case LearningLoss::kPredictions:
+      return "kl";
+  }
+  return "?";
+}
+
 [[noreturn]] void usage(const std::string& why, const std::string& hint = "") {
   throw Error(ErrorKind::kUsage, "usage", "tq quantize", why, hint);
 }
@@ -136,6 +148,10 @@ void check_options(const QuantizeOptions& options, const Config& config) {
   if (options.rank > 0 && options.split == Split::kFit && options.branch_bits == 16) {
     usage("--branch-bits 16 contradicts --split fit", "4 or 8");
   }
+  if (options.loss != LearningLoss::kLayer && options.rounds_branch() &&
+      options.split == Split::kSvd) {
+    usage("--loss contradicts --split svd", "G is learned from the outputs of linears");
+  }
   if (options.basis == Basis::kLayerwise && options.basis_rank > config.dim) {
     usage("--basis-rank " + std::to_string(options.basis_rank) + " exceeds the model's width",
           "at most " + std::to_string(config.dim));
@@ -173,7 +189,10 @@ Json describe_options(const QuantizeOptions& options) {
     json["split"] = options.split == Split::kFit ? "fit" : "svd";
     json["branch_bits"] = options.branch_bits;
   }
-  if (options.learns_basis()) json["steps"] = options.steps;
+  if (options.learns_basis()) {
+    json["steps"] = options.steps;
+    json["loss"] = loss_name(options.loss);
+  }
   json["refine_steps"] = options.refine_steps;
   json["embed_bits"] = options.embed_bits;
   json["head_bits"] = options.head_bits;

@@ -28,6 +28,10 @@ enum class RoundingKind { kStore, kNearest, kGptq, kGptqCorrected };
 /// the rest leaves over.
 enum class Split { kSvd, kFit };
 
+/// What a learned basis is to keep (objective.h): outputs of linears, or of attention and FFN, or
+/// the model's predictions.
+enum class LearningLoss { kLayer, kBlock, kPredictions };
+
 /// Steps of learning a basis, unless told otherwise.
 constexpr int64_t kLearningSteps = 200;
 
@@ -51,7 +55,8 @@ struct QuantizeOptions {
   std::vector<std::string> keep;  // regular expressions of linears to keep at 16 bits
   uint64_t seed = 0;
   int64_t calib_samples = 64, calib_length = 512;
-  int64_t steps = 0;         // of learning the basis
+  int64_t steps = 0;  // of learning the basis
+  LearningLoss loss = LearningLoss::kLayer;
   int64_t refine_steps = 0;  // of refining the scales against the original model's predictions
   int threads = 1;
 

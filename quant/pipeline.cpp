@@ -11,7 +11,6 @@
 #include "model/tq_file.h"
 #include "quant/learn.h"
 #include "quant/quantize_layer.h"
-#include "quant/refine.h"
 #include "quant/resume.h"
 #include "quant/rounding.h"
 
@@ -33,7 +32,7 @@ Json make_fingerprint(const Model& source, const QuantizeOptions& options,
   json["config"] = hex(XXH3_64bits(source.texts.config.data(), source.texts.config.size()));
   const Json described = describe_options(options);
   for (const auto& item : described.items()) json[item.key()] = item.value();
-  if (calibration) json["calibration"] = hex(calibration->hash);
+  if (calibration) json["calibration"] = hex(calibration->hash());
   return json;
 }
 
@@ -154,16 +153,20 @@ class Pipeline {
     if (resuming_) learned = store_.load_learned();
     if (!learned) {
       const auto stop = [&] { check_interrupted(); };
-      const InputBank bank(source_, calibration, basis_.down(), backend, options_.threads,
-                           [&](int64_t layer) {
-                             stop();
-                             step(layer, "sampling");
-                           });
+      std::optional<InputBank> bank;
+      if (options_.loss != LearningLoss::kPredictions) {
+        bank.emplace(source_, calibration, basis_.down(), backend, options_.threads,
+                     [&](int64_t layer) {
+                       stop();
+                       step(layer, "sampling");
+                     });
+      }
       const LearnHooks hooks{[&](int64_t step, int64_t n_steps, double loss) {
                                if (hooks_.descent) hooks_.descent("learning", step, n_steps, loss);
                              },
                              stop};
-      learned = learn_basis(source_, options_, bank, basis_.down(), hooks);
+      learned = learn_basis({source_, calibration, bank ? &*bank : nullptr, basis_.down()},
+                            options_, hooks);
       store_.save_learned(*learned);
     }
     char text[96];
@@ -185,13 +188,12 @@ class Pipeline {
                               if (hooks_.descent) hooks_.descent("refining", step, n_steps, kl);
                             },
                             [&] { check_interrupted(); }};
-    RefineResult refined =
+    const RefineResult& refined = result_.refined =
         refine_scales(layers, {source_, calibration, reference, input, output}, options_, hooks);
     char text[128];
     std::snprintf(text, sizeof text, "scales refined: KL to the original %.4f before, %.4f after%s",
                   refined.before, refined.after, refined.kept() ? "" : ", so they were not kept");
     note(text);
-    result_.refine_losses = std::move(refined.losses);
     for (size_t i = 0; i < layers.size(); ++i) {
       finished_[i].layer = std::move(layers[i]);
       write_layer(static_cast<int64_t>(i), finished_[i]);
@@ -337,7 +339,7 @@ class Pipeline {
     result_.quantization = describe_options(options_);
     if (calibration) {
       result_.quantization["calib_samples"] = calibration->samples.size();
-      result_.quantization["calib_hash"] = hex(calibration->hash);
+      result_.quantization["calib_hash"] = hex(calibration->hash());
     }
     result_.quantization["bits_per_weight"] = result_.bits_per_weight;
     Json header = result_.quantization;

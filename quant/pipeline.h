@@ -13,6 +13,7 @@
 #include "quant/calibrate.h"
 #include "quant/distortion.h"
 #include "quant/options.h"
+#include "quant/refine.h"
 
 namespace tq {
 
@@ -32,10 +33,11 @@ struct QuantizeHooks {
 struct QuantizeResult {
   std::vector<LinearReport> linears;
   uint64_t file_bytes = 0;
-  double bits_per_weight = 0;                       // of all linears, low-rank steps included
-  int64_t n_resumed = 0;                            // layers taken from an interrupted run
-  Json quantization;                                // as stored in the file, but for the distortion
-  std::vector<double> basis_losses, refine_losses;  // one a step
+  double bits_per_weight = 0;        // of all linears, low-rank steps included
+  int64_t n_resumed = 0;             // layers taken from an interrupted run
+  Json quantization;                 // as stored in the file, but for the distortion
+  std::vector<double> basis_losses;  // one a step
+  RefineResult refined;              // no losses without refinement
 };
 
 /// Quantizes `source` into `output`. calibration: required when options.needs_calibration(). The

@@ -18,9 +18,11 @@
 namespace tq {
 namespace {
 
-// Sequences a step. Steps of Adam are relative: a scale moves by at most kRate of itself a step.
-constexpr int64_t kSequences = 2;
-constexpr double kRate = 0.004, kFirstDecay = 0.9, kSecondDecay = 0.95, kWarmUp = 0.05;
+constexpr int64_t kSequences = 2;  // a step
+// Steps of Adam are relative: a scale moves by at most kRate sqrt(KL) of itself. All scales move at
+// once, each by the sign of a noisy gradient, and what that adds to the KL grows with the square of
+// the rate: a model that is nearer to its original bears less.
+constexpr double kRate = 0.004, kFirstDecay = 0.9, kSecondDecay = 0.95, kWarmUp = 0.25;
 // Sequences whose KL decides whether the refined scales are kept.
 constexpr int64_t kJudges = 4;
 constexpr uint64_t kOrder = 4u << 20;  // stream of random numbers
@@ -291,7 +293,7 @@ RefineResult refine_scales(std::vector<OwnedLayer>& layers, const RefineInputs& 
   // The last sequences of the order judge; steps reach them only when they go round.
   const std::span<const size_t> judges(order.end() - std::min<int64_t>(kJudges, std::ssize(order)),
                                        order.end());
-  const double before = student.measure(judges);
+  const double before = student.measure(judges), rate = kRate * std::sqrt(before);
   std::vector<double> losses;
   size_t next = 0;
   for (int64_t step = 0; step < options.refine_steps; ++step) {
@@ -303,7 +305,7 @@ RefineResult refine_scales(std::vector<OwnedLayer>& layers, const RefineInputs& 
     const double done = static_cast<double>(step) / static_cast<double>(options.refine_steps);
     const double warm = std::min(
         1.0, static_cast<double>(step + 1) / (kWarmUp * static_cast<double>(options.refine_steps)));
-    student.step(kRate * warm * 0.5 * (1.0 + std::cos(std::numbers::pi * done)), step + 1);
+    student.step(rate * warm * 0.5 * (1.0 + std::cos(std::numbers::pi * done)), step + 1);
     losses.push_back(kl);
     hooks.progress(step + 1, options.refine_steps, kl);
   }

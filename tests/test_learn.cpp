@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <numeric>
 
 #include "cpu/cpu_backend.h"
 #include "quant/gl.h"
@@ -31,7 +32,7 @@ struct Learning {
     bank.emplace(model, calibration, basis.down(), backend, 2, [](int64_t) {});
   }
   LearnResult run() {
-    return learn_basis(model, options, *bank, basis.down(),
+    return learn_basis({model, calibration, &*bank, basis.down()}, options,
                        {[](int64_t, int64_t, double) {}, [] {}});
   }
 
@@ -68,6 +69,24 @@ TEST(Learn, TheLossFallsAndBasesStayOrthogonal) {
   }
 }
 
+TEST(Learn, LossesOfBlocksAndOfPredictionsFallToo) {
+  const TinyModel tiny(true);
+  for (const LearningLoss loss : {LearningLoss::kBlock, LearningLoss::kPredictions}) {
+    QuantizeOptions options = learning_options("spinquant");
+    options.loss = loss;
+    options.steps = 80;
+    Learning learning(tiny.model(), options);
+    const LearnResult result = learning.run();
+    EXPECT_LT(mean(result.losses, 60, 80), 0.97 * mean(result.losses, 0, 20));
+    EXPECT_LT(result.orthogonality_error, 1e-9);
+    options.steps = 3;
+    Learning two_threads(tiny.model(), options);
+    options.threads = 1;
+    Learning one_thread(tiny.model(), options);
+    EXPECT_EQ(one_thread.run().losses, two_threads.run().losses);
+  }
+}
+
 // G moves the factors of a branch and leaves their product alone.
 TEST(Learn, BranchesKeepTheirProduct) {
   const TinyModel tiny(true);
@@ -98,7 +117,9 @@ constexpr double kClip = 0.95;
 // One layer whose low-rank component is given, and whose outputs are to come close to those of
 // other weights: with groups of one column the loss is a smooth function of bases and factors.
 struct Planted {
-  explicit Planted(const Model& model) : learning(model, learning_options("spinquant")) {
+  explicit Planted(const Model& model)
+      : learning(model, learning_options("spinquant")),
+        context(model.config, learning.basis.down()) {
     const Config& c = model.config;
     options = learning.options;
     options.bits_a = 16;
@@ -136,12 +157,13 @@ struct Planted {
   double run(std::vector<std::vector<float>>& gradients) {
     gradients.clear();
     for (FloatMatrix* m : operands()) gradients.emplace_back(m->data.size());
-    BasisLeaf* leaves[4] = {&problem.in, &problem.mid, &problem.out, &problem.heads};
+    BasisLeaf* leaves[4] = {&problem.bases.in, &problem.bases.mid, &problem.bases.out,
+                            &problem.bases.heads};
     for (size_t i = 0; i < 4; ++i) *leaves[i] = {&bases[i], gradients[i].data()};
     for (size_t i = 0; i < kNLinears; ++i) {
       problem.branches[i] = {&factors[i], gradients[4 + 2 * i].data(), gradients[5 + 2 * i].data()};
     }
-    return layer_loss(problem, options);
+    return layer_loss(problem, context, options);
   }
   std::vector<FloatMatrix*> operands() {
     std::vector<FloatMatrix*> all;
@@ -190,6 +212,7 @@ struct Planted {
 
   static constexpr int64_t kRank = 8;
   Learning learning;
+  LayerContext context;
   QuantizeOptions options;
   FloatLayer layer;
   LayerProblem problem;
@@ -197,6 +220,41 @@ struct Planted {
   std::array<LowRank, kNLinears> factors;
   std::array<FloatMatrix, kNLinears> originals;
 };
+
+// Central differences of an f32 loss along its gradient, for each of four bases.
+void check_slopes(FloatMatrix (&bases)[4], BasisLeaf* (&leaves)[4],
+                  std::vector<std::vector<float>>& gradients, const std::function<double()>& loss) {
+  const auto run = [&] {
+    for (size_t i = 0; i < 4; ++i) {
+      gradients[i].assign(bases[i].data.size(), 0.0f);
+      *leaves[i] = {&bases[i], gradients[i].data()};
+    }
+    return loss();
+  };
+  const double at_rest = run();
+  ASSERT_GT(at_rest, 0);
+  const std::vector<std::vector<float>> expected = gradients;
+  for (size_t i = 0; i < 4; ++i) {
+    const FloatMatrix start = bases[i];
+    double norm = 0;
+    for (float g : expected[i]) norm += double{g} * double{g};
+    norm = std::sqrt(norm);
+    ASSERT_GT(norm, 0) << i;
+    const double t = 0.0003;
+    double ends[2];
+    for (int side = 0; side < 2; ++side) {
+      for (size_t j = 0; j < start.data.size(); ++j) {
+        const double step = (side ? t : -t) * double{expected[i][j]} / norm;
+        bases[i].data[j] = static_cast<float>(double{start.data[j]} + step);
+      }
+      ends[side] = run();
+    }
+    bases[i] = start;
+    // A percent for higher derivatives, and a loss that is wrong by some hundred eps.
+    EXPECT_NEAR((ends[1] - ends[0]) / (2 * t), norm, 0.01 * norm + 200 * 0x1.0p-24 * at_rest / t)
+        << "basis " << i;
+  }
+}
 
 TEST(LayerLoss, GradientsAreThoseOfASmoothLoss) {
   const TinyModel tiny(true);
@@ -223,6 +281,50 @@ TEST(LayerLoss, GradientsAreThoseOfASmoothLoss) {
       EXPECT_NEAR(got, slope, kRelative * norm) << "operand " << i;
     }
   }
+}
+
+// With groups of one column and inputs unrounded the losses are smooth; differences of f32 losses.
+TEST(BlockLoss, GradientsAreSlopes) {
+  const TinyModel tiny(true);
+  Planted planted(tiny.model());
+  std::vector<std::vector<float>> gradients(4);
+  BasisLeaf* leaves[4] = {&planted.problem.bases.in, &planted.problem.bases.mid,
+                          &planted.problem.bases.out, &planted.problem.bases.heads};
+  for (size_t site = 0; site < 4; ++site) {  // neighbours: one sample of the bank
+    std::vector<int64_t> tokens(96);
+    std::iota(tokens.begin(), tokens.end(), 96);
+    planted.problem.inputs[site] =
+        planted.learning.bank->gather(1, static_cast<Site>(site), tokens);
+  }
+  planted.problem.originals = {};
+  check_slopes(planted.bases, leaves, gradients,
+               [&] { return block_loss(planted.problem, planted.context, planted.options); });
+}
+
+TEST(PredictionLoss, GradientsAreSlopes) {
+  const TinyModel tiny(true);
+  Planted planted(tiny.model());
+  const Model& model = tiny.model();
+  std::vector<std::vector<float>> gradients(4);
+  LayerBases bases;
+  BasisLeaf* leaves[4] = {&bases.in, &bases.mid, &bases.out, &bases.heads};
+  const FloatMatrix head = to_float_matrix(model.lm_head.weight);
+  FloatLayer loaded;
+  PredictionProblem problem;
+  problem.tokens = planted.learning.calibration.samples[1];
+  problem.tok_embed = &model.tok_embed;
+  problem.head = &head;
+  problem.n_layers = model.config.n_layers;
+  problem.layer = [&](int64_t index) -> const FloatLayer& {
+    loaded = load_float_layer(model, index, 1);
+    fold_norm_gains(loaded, 1);
+    transform_rows(loaded.linears[kWDown], planted.learning.basis.down(), 1, 1);
+    return loaded;
+  };
+  check_slopes(planted.bases, leaves, gradients, [&] {
+    problem.bases.assign(static_cast<size_t>(problem.n_layers), bases);
+    return prediction_loss(problem, planted.context, planted.options);
+  });
 }
 
 // Without rounding, A <- G A and B <- B G^-1 change nothing: Z measures rounding alone.

@@ -80,7 +80,7 @@ TEST_F(QuantizeCli, WritesAVerifiedFileAndAReport) {
   EXPECT_EQ(report["linears"].size(), 21u);
   EXPECT_GT(report["linears"][0]["output_snr_db"].get<double>(), 5);
   EXPECT_EQ(report["basis_losses"].size(), 4u);
-  EXPECT_EQ(report["refine_kl"].size(), 2u);
+  EXPECT_EQ(report["refine"]["kl"].size(), 2u);
   EXPECT_EQ(report["file_bytes"].get<uint64_t>(), std::filesystem::file_size(folder_ / "m.tq"));
 }
 

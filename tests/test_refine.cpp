@@ -104,7 +104,7 @@ struct QuantizedTiny {
     one_step.refine_steps = 1;
     const auto begin = reference.begin() + static_cast<int64_t>(sample) * length * 128;
     const std::vector<float> part(begin, begin + length * 128);
-    const Calibration alone{{calibration.samples[sample]}, 0};
+    const Calibration alone{{calibration.samples[sample]}};
     const Transform input = basis.input(), output = basis.output();
     return refine_scales(copy, {source, alone, part, input, output}, one_step,
                          {[](int64_t, int64_t, double) {}, [] {}})

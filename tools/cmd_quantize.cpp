@@ -21,6 +21,7 @@
 #include "model/tq_file.h"
 #include "quant/pipeline.h"
 #include "quant/preflight.h"
+#include "tokenizer/chat.h"
 #include "tools/commands.h"
 #include "tools/runtime.h"
 
@@ -31,8 +32,8 @@ using Clock = std::chrono::steady_clock;
 
 // Options as typed; absent ones keep the method's default.
 struct QuantizeArguments {
-  std::string folder, output, method = "quarot", report, calib;
-  std::optional<std::string> rounding, basis, split, basis_rank, act_codes;
+  std::string folder, output, method = "twinquant", report, calib;
+  std::optional<std::string> rounding, basis, split, basis_rank, loss, act_codes;
   std::optional<int64_t> rank, steps, refine_steps;
   std::optional<int> branch_bits, bits_w, bits_a, embed_bits, head_bits, kv_bits;
   std::optional<int64_t> group, group_a, calib_samples, calib_length;
@@ -55,6 +56,9 @@ struct Named {
 constexpr Named<RoundingKind> kRoundings[] = {{"rtn", RoundingKind::kNearest},
                                               {"gptq", RoundingKind::kGptq},
                                               {"gptq-ls", RoundingKind::kGptqCorrected}};
+constexpr Named<LearningLoss> kLosses[] = {{"layer", LearningLoss::kLayer},
+                                           {"block", LearningLoss::kBlock},
+                                           {"kl", LearningLoss::kPredictions}};
 constexpr Named<Basis> kBases[] = {{"none", Basis::kNone},
                                    {"hadamard", Basis::kHadamard},
                                    {"learned", Basis::kLearned},
@@ -74,7 +78,7 @@ T find_name(const Named<T> (&list)[N], const std::string& name) {
   throw Error(ErrorKind::kInternal, "unknown name", name, "it passed the check of the options");
 }
 
-// --steps, --refine-steps and --basis-rank, which only some bases and roundings have.
+// --steps, --loss, --refine-steps and --basis-rank, which only some bases and roundings have.
 void override_learning(QuantizeOptions& options, const QuantizeArguments& args,
                        const Config& config) {
   const auto refuse = [](const std::string& why, const std::string& hint) {
@@ -84,6 +88,10 @@ void override_learning(QuantizeOptions& options, const QuantizeArguments& args,
   if (args.steps && !options.learns_basis()) {
     refuse("--steps without a learned basis", "give --basis learned or layerwise");
   }
+  if (args.loss && !options.learns_basis()) {
+    refuse("--loss without a learned basis", "give --basis learned or layerwise");
+  }
+  if (args.loss) options.loss = find_name(kLosses, *args.loss);
   override_with(options.steps, args.steps);
   override_with(options.refine_steps, args.refine_steps);
   if (!args.basis_rank) {
@@ -192,6 +200,20 @@ std::string read_calibration_text(const std::string& path) {
   return joined;
 }
 
+// The sample as a question and its answer under the model's chat template, of the same length. The
+// template's tokens hardly occur in plain text, yet stand at the start of every chat, where inputs
+// are unlike all others: weights fitted without them answer worse than the perplexity tells.
+void as_conversation(std::vector<int32_t>& sample, const Tokenizer& tokenizer, ChatKind kind) {
+  const size_t length = sample.size(), question = length / 8;
+  const std::string user =
+      replace_invalid_utf8(tokenizer.decode(std::span(sample).first(question), true));
+  std::vector<int32_t> ids = encode_chat(tokenizer, kind, {{"user", user}}, {}, false);
+  ids.insert(ids.end(), sample.begin() + static_cast<std::ptrdiff_t>(question), sample.end());
+  if (ids.size() < length) return;
+  ids.resize(length);
+  sample = std::move(ids);
+}
+
 Calibration make_calibration(const QuantizeArguments& args, const QuantizeOptions& options,
                              const Model& model, const Tokenizer& tokenizer) {
   const std::string where = args.calib.empty() ? "built-in calibration text" : args.calib;
@@ -203,8 +225,16 @@ Calibration make_calibration(const QuantizeArguments& args, const QuantizeOption
                 "it holds bytes that are no valid characters",
                 "convert it, for example with iconv");
   }
-  return cut_samples(tokenizer.encode(text, false, false), options.calib_samples,
-                     options.calib_length, model.config.vocab_size, where);
+  Calibration calibration = cut_samples(tokenizer.encode(text, false, false), options.calib_samples,
+                                        options.calib_length, model.config.vocab_size, where);
+  // Every second sample becomes a conversation, as `tq run` will feed them.
+  const ChatKind kind = detect_chat_kind(model.texts, args.folder);
+  if (kind != ChatKind::kNone && kind != ChatKind::kUnknown) {
+    for (size_t i = 0; i < calibration.samples.size(); i += 2) {
+      as_conversation(calibration.samples[i], tokenizer, kind);
+    }
+  }
+  return calibration;
 }
 
 std::string megabytes(uint64_t bytes) {
@@ -327,7 +357,13 @@ void write_report(const std::string& path, const QuantizeResult& result, double 
   json["seconds"] = seconds;
   json["peak_rss_bytes"] = peak_rss_bytes();
   if (!result.basis_losses.empty()) json["basis_losses"] = result.basis_losses;
-  if (!result.refine_losses.empty()) json["refine_kl"] = result.refine_losses;
+  const RefineResult& refined = result.refined;
+  if (!refined.losses.empty()) {
+    json["refine"] = {{"kl", refined.losses},
+                      {"kl_before", refined.before},
+                      {"kl_after", refined.after},
+                      {"kept", refined.kept()}};
+  }
   json["linears"] = Json::array();
   for (const LinearReport& linear : result.linears) json["linears"].push_back(to_json(linear));
   write_text_file(path, json.dump(2) + "\n");
@@ -403,6 +439,12 @@ void add_method_options(CLI::App& command, QuantizeArguments& args) {
   command.add_option("--steps", args.steps, "of learning the basis")
       ->check(number_in(1, 1 << 20))
       ->default_str(std::to_string(kLearningSteps));
+  command
+      .add_option("--loss", args.loss,
+                  "that a learned basis lowers: outputs of each linear (layer), of attention and "
+                  "FFN (block), or the model's predictions (kl)")
+      ->check(CLI::IsMember(names_of(kLosses)))
+      ->default_str("layer");
   command
       .add_option("--rounding", args.rounding,
                   "rtn, gptq, or gptq-ls (weights corrected for the rounding of their inputs)")

@@ -37,8 +37,8 @@ ROWS = [
     Row("GPTQ W4A4", "--method gptq --bits-a 4"),
     Row("QuaRot RTN W4A4", "--method quarot --rounding rtn --bits-a 4", seeds=3),
     Row("QuaRot W4A8", "--method quarot"),
-    Row("QuaRot W4A4", "--method quarot --bits-a 4", seeds=3),
     Row("QuaRot W4A4KV4", "--method quarot --bits-a 4", "--kv-bits 4"),
+    Row("QuaRot W4A4", "--method quarot --bits-a 4", seeds=3),
     Row("QuaRot W3A3", "--method quarot --bits-w 3 --bits-a 3"),
     Row("SVDQuant r32 W4A4", "--method svdquant --rank 32 --bits-a 4"),
     Row("QuaRot W4A4, all codes, corrected",
@@ -46,6 +46,8 @@ ROWS = [
     Row("SpinQuant W4A4, symmetric codes, plain GPTQ",
         "--method spinquant --rounding gptq --act-codes symmetric --bits-a 4"),
     Row("SpinQuant W4A4", "--method spinquant --bits-a 4", seeds=3),
+    Row("SpinQuant W4A4, loss of blocks", "--method spinquant --loss block --bits-a 4"),
+    Row("SpinQuant W4A4, loss of predictions", "--method spinquant --loss kl --bits-a 4"),
     Row("ReSpinQuant r0 W4A4", "--method respinquant --basis-rank 0 --bits-a 4"),
     Row("ReSpinQuant r8 W4A4", "--method respinquant --basis-rank 8 --bits-a 4"),
     Row("ReSpinQuant r32 W4A4", "--method respinquant --basis-rank 32 --bits-a 4"),
@@ -53,12 +55,14 @@ ROWS = [
     Row("ReSpinQuant full W4A4", "--method respinquant --basis-rank full --bits-a 4"),
     Row("TwinQuant SVD r32 W4A4", "--method twinquant --split svd --rank 32 --bits-a 4"),
     Row("TwinQuant SVD r128 W4A4", "--method twinquant --split svd --rank 128 --bits-a 4"),
+    Row("TwinQuant r32 W4A4KV4", "--method twinquant --rank 32 --bits-a 4", "--kv-bits 4"),
     Row("TwinQuant r32 W4A4", "--method twinquant --rank 32 --bits-a 4", seeds=3),
     Row("TwinQuant r128 W4A4", "--method twinquant --rank 128 --bits-a 4", seeds=3),
     Row("TwinQuant r32 W4A4, inputs in groups of 32",
         "--method twinquant --rank 32 --bits-a 4 --group-a 32 --refine-steps 48"),
-    Row("TwinQuant r32 W4A8", "--method twinquant --rank 32 --refine-steps 48"),
-    Row("TwinQuant r32 W4A4KV4", "--method twinquant --rank 32 --bits-a 4", "--kv-bits 4"),
+    Row("TwinQuant r32 W4A8", "--method twinquant --rank 32"),
+    Row("TwinQuant r128 W4A8, 96 steps of refinement",
+        "--method twinquant --rank 128 --refine-steps 96 --calib-samples 128"),
     Row("TwinQuant r32 W3A3", "--method twinquant --rank 32 --bits-w 3 --bits-a 3"),
 ]
 
@@ -87,6 +91,7 @@ def parse_arguments():
     parser.add_argument("--text", default="demo/wiki.test.raw", help=TEXT_HELP)
     parser.add_argument("--only", default="", metavar="REGEX", help="run only rows whose name matches")
     parser.add_argument("--windows", type=int, default=0, help="first N windows of the text; 0 = all")
+    parser.add_argument("--seeds", type=int, default=3, help="at most N of a row's seeds")
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores; changes seconds only")
     parser.add_argument("--calib", help="calibration text, as tq quantize takes it")
     parser.add_argument("--tq", default="./tq", help="the program. Default: ./tq, which make builds")
@@ -108,7 +113,7 @@ def plan(args):
     """All runs of the table, in its order."""
     for folder in args.model:
         for row in ROWS:
-            for seed in range(row.seeds):
+            for seed in range(min(row.seeds, args.seeds)):
                 quantize = None
                 if row.quantize is not None:
                     quantize = shlex.split(row.quantize) + (["--seed", str(seed)] if seed else [])
@@ -153,28 +158,45 @@ def call(command):
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
 
 
-def measure(run, args, text, version):
-    threads = ["--threads", str(args.threads)] if args.threads else []
-    target, report, kl = run.model, None, None
-    stem = run.path[:-len(".json")]
-    try:
-        if run.quantize is not None:
-            target = stem + ".tq"
-            call([args.tq, "quantize", run.model, "-o", target, "--force", "--quiet", "--report",
-                  stem + ".report", *run.quantize, *threads])
-            with open(stem + ".report", encoding="utf-8") as file:
-                report = json.load(file)
-            del report["linears"]
-        evaluate = [args.tq, "eval", target, "--text", text, "--json", "-q", *run.evaluate, *threads]
-        windows = ["--windows", str(args.windows)] if args.windows else []
-        evaluation = json.loads(call(evaluate + windows))
-        if run.quantize is not None:
-            few = min(KL_WINDOWS, evaluation["windows"])
-            kl = json.loads(call(evaluate + ["--windows", str(few), "--kl", run.model]))
-    finally:
-        for path in (stem + ".tq", stem + ".report"):
+class Quantized:
+    """The file of the last run and its report: rows that differ in evaluation alone share it."""
+
+    def __init__(self, args):
+        self.args, self.key, self.report = args, None, None
+        self.path = os.path.join(STORE, f"model-{os.getpid()}.tq")
+
+    def make(self, run, threads):
+        key = (run.model, run.quantize)
+        if key != self.key:
+            self.key = None
+            report = self.path + ".report"
+            call([self.args.tq, "quantize", run.model, "-o", self.path, "--force", "--quiet",
+                  "--report", report, *run.quantize, *threads])
+            with open(report, encoding="utf-8") as file:
+                self.report = json.load(file)
+            os.remove(report)
+            del self.report["linears"]
+            self.key = key
+        return self.path, self.report
+
+    def remove(self):
+        for path in (self.path, self.path + ".report"):
             if os.path.exists(path):
                 os.remove(path)
+
+
+def measure(run, args, text, version, quantized):
+    threads = ["--threads", str(args.threads)] if args.threads else []
+    target, report, kl = run.model, None, None
+    if run.quantize is not None:
+        target, report = quantized.make(run, threads)
+    evaluate = [args.tq, "eval", target, "--text", text, "--json", "-q", *run.evaluate, *threads]
+    windows = ["--windows", str(args.windows)] if args.windows else []
+    evaluation = json.loads(call(evaluate + windows))
+    if run.quantize is not None:
+        few = min(KL_WINDOWS, evaluation["windows"])
+        kl = json.loads(call(evaluate + ["--windows", str(few), "--kl", run.model]))
+    stem = run.path[:-len(".json")]
     result = {"version": version, "commands": commands(run), "quantize": report, "eval": evaluation,
               "kl": kl, "all_windows": not args.windows, "date": datetime.date.today().isoformat(), "machine": machine(args.threads)}
     with open(stem + ".tmp", "w", encoding="utf-8") as file:
@@ -303,16 +325,19 @@ def main():
     os.makedirs(STORE, exist_ok=True)
     text, text_sha256 = prepare_text(args.text)
     runs = list(plan(args))
-    failed = set()
-    for run in runs:
-        if not re.search(args.only, run.row.name) or load(run, version, text_sha256, args.windows):
-            continue
-        if run.row.name in failed:
-            continue
-        try:
-            measure(run, args, text, version)
-        except subprocess.CalledProcessError:
-            failed.add(run.row.name)  # tq has said why
+    failed, quantized = set(), Quantized(args)
+    try:
+        for run in runs:
+            if not re.search(args.only, run.row.name) or run.row.name in failed:
+                continue
+            if load(run, version, text_sha256, args.windows):
+                continue
+            try:
+                measure(run, args, text, version, quantized)
+            except subprocess.CalledProcessError:
+                failed.add(run.row.name)  # tq has said why
+    finally:
+        quantized.remove()
     rewrite(render(runs, version, text_sha256))
     if failed:
         fail("left out, because tq refused: " + ", ".join(sorted(failed)))
