@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 
 #include "model/error.h"
@@ -113,13 +114,31 @@ void Gram::add(const float* x, int64_t rows, int threads) {
   n_rows_ += rows;
 }
 
+ColumnOrder activation_order(const Gram& gram, int64_t group) {
+  const int64_t n = gram.size(), n_whole = n / group;
+  const auto louder = [&](int64_t a, int64_t b) { return gram.at(a, a) > gram.at(b, b); };
+  std::vector<ColumnOrder> groups;
+  for (int64_t first = 0; first < n; first += group) {
+    groups.emplace_back(static_cast<size_t>(std::min(group, n - first)));
+    std::iota(groups.back().begin(), groups.back().end(), first);
+    std::stable_sort(groups.back().begin(), groups.back().end(), louder);
+  }
+  std::stable_sort(groups.begin(), groups.begin() + n_whole,
+                   [&](const ColumnOrder& a, const ColumnOrder& b) { return louder(a[0], b[0]); });
+  ColumnOrder order;
+  for (const ColumnOrder& columns : groups)
+    order.insert(order.end(), columns.begin(), columns.end());
+  return order;
+}
+
 // With J the reversal of the order of columns, J (H + d I) J = L L^T gives
 // (H + d I)^-1 = U^T U for U = J L^-1 J, which is upper triangular: one Cholesky factorisation and
 // one triangular inverse, where the textbook route takes two factorisations and a full inverse.
-GptqFactor factorize(const Gram& gram, int threads, const char* where) {
+GptqFactor factorize(const Gram& gram, int threads, const char* where, ColumnOrder order) {
   const int64_t n = gram.size();
   GptqFactor factor;
   factor.n = n;
+  factor.order = std::move(order);
   double mean = 0;
   for (int64_t i = 0; i < n; ++i) mean += gram.at(i, i) / static_cast<double>(n);
   if (!std::isfinite(mean)) {
@@ -130,7 +149,8 @@ GptqFactor factorize(const Gram& gram, int threads, const char* where) {
   for (;; relative *= 10) {
     factor.damping = mean * relative;
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j <= i; ++j) lower(i, j) = gram.at(n - 1 - i, n - 1 - j);
+      const int64_t row = factor.column(n - 1 - i);
+      for (int64_t j = 0; j <= i; ++j) lower(i, j) = gram.at(row, factor.column(n - 1 - j));
       lower(i, i) += mean > 0 ? factor.damping : 1.0;
     }
     Eigen::LLT<Eigen::Ref<MatrixRM>> cholesky(lower);

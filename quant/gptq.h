@@ -32,17 +32,30 @@ class Gram {
   std::vector<double> sum_;  // [n, n], 16 x 16 tiles on and above the diagonal
 };
 
-/// U upper triangular with (H + damping I)^-1 = U^T U, f32 [n, n] row-major.
+/// In which order a walk visits the columns: position -> column. Empty: as they stand.
+using ColumnOrder = std::vector<int64_t>;
+
+/// Loud inputs first (GPTQ's "activation order"): their columns are rounded while most others can
+/// still compensate. Groups of `group` columns stay together, by their largest H_ii, and so does a
+/// short last group, at the end: a group's scale is found when the walk enters it.
+ColumnOrder activation_order(const Gram& gram, int64_t group);
+
+/// U upper triangular with (H + damping I)^-1 = U^T U, f32 [n, n] row-major; rows and columns of H
+/// in `order`.
 struct GptqFactor {
   int64_t n = 0;
   double damping = 0;  // what was added to the diagonal of H
   std::vector<float> u;
+  ColumnOrder order;
+  int64_t column(int64_t position) const {
+    return order.empty() ? position : order[static_cast<size_t>(position)];
+  }
 };
 
 /// Damping starts at 1 % of the mean diagonal and grows tenfold until the Cholesky factorisation
 /// succeeds. An all-zero H gives the identity (GPTQ then equals rounding to nearest).
 /// Throws kBadData when H is not finite; `where` names the linear.
-GptqFactor factorize(const Gram& gram, int threads, const char* where);
+GptqFactor factorize(const Gram& gram, int threads, const char* where, ColumnOrder order = {});
 
 /// trace(W H W^T): the energy of the outputs of W over the calibration tokens; with W - W' the
 /// energy of the output error. In f64: a rounding error orthogonal to a dominant direction of H is

@@ -138,6 +138,9 @@ void check_options(const QuantizeOptions& options, const Config& config) {
     usage("--bits-a " + std::to_string(options.bits_a) + " contradicts --method none",
           "it rounds nothing");
   }
+  if (options.act_order && !options.uses_gptq()) {
+    usage("--act-order has no effect without GPTQ", "give --rounding gptq or gptq-ls");
+  }
   if (options.rank > 0 && !rounds) usage("--rank has no effect when weights are not rounded");
   if (options.refine_steps > 0 && !rounds) {
     usage("--refine-steps has no effect when weights are not rounded");
@@ -179,6 +182,7 @@ Json describe_options(const QuantizeOptions& options) {
   json["basis"] = basis_name(options.basis);
   if (options.basis == Basis::kLayerwise) json["basis_rank"] = options.basis_rank;
   json["rounding"] = rounding_name(options.rounding);
+  if (options.act_order) json["act_order"] = true;
   json["bits_w"] = options.bits_w;
   json["bits_a"] = options.bits_a;
   json["group"] = options.group;

@@ -39,7 +39,8 @@ struct QuantizeOptions {
   std::string method;  // preset that the parts below started from
   Basis basis = Basis::kNone;
   RoundingKind rounding = RoundingKind::kNearest;
-  int64_t rank = 0;  // of the low-rank branch, 0 = none
+  bool act_order = false;  // GPTQ walks over columns with loud inputs first
+  int64_t rank = 0;        // of the low-rank branch, 0 = none
   Split split = Split::kSvd;
   int branch_bits = 16;     // of its factors: 16, 8 or 4
   int64_t basis_rank = 32;  // kLayerwise: of the rotations between bases; dim = exact

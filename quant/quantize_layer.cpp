@@ -214,7 +214,9 @@ QuantizedLayer quantize_layer(const FloatLayer& folded, int64_t index,
     const bool same_site = i > 0 && kSiteOf[i] == kSiteOf[i - 1];
     if (uses_factor && !same_site) {
       TQ_CHECK(site);
-      factor = factorize(site->gram(), options.threads, linear.name.c_str());
+      factor = factorize(
+          site->gram(), options.threads, linear.name.c_str(),
+          options.act_order ? activation_order(site->gram(), options.group) : ColumnOrder{});
     }
     OwnedLinear& out = result.layer.linears[static_cast<size_t>(i)];
     const std::optional<LowRank> given =

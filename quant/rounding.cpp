@@ -115,8 +115,8 @@ void find_group_scales(const float* columns, int64_t width, CodeRange range, flo
   }
 }
 
-// Rounds the strip in `buffers` column by column. Returns how many weights were clipped in the
-// first `n_lanes` rows.
+// Rounds the strip in `buffers` column by column, in the order of the factor. Returns how many
+// weights were clipped in the first `n_lanes` rows.
 int64_t round_strip(int64_t cols, int64_t n_lanes, const RoundingSpec& spec, CodeRange range,
                     const GptqFactor* factor, StripBuffers& buffers) {
   float* columns = buffers.columns.as<float>();
@@ -149,8 +149,9 @@ int64_t round_strip(int64_t cols, int64_t n_lanes, const RoundingSpec& spec, Cod
   return n_clipped;
 }
 
-void store_strip(const StripBuffers& buffers, int64_t strip, const RoundingSpec& spec,
-                 OwnedMatrix& out) {
+// position(col): where the walk found a column.
+void store_strip(const StripBuffers& buffers, const std::vector<int64_t>& position, int64_t strip,
+                 const RoundingSpec& spec, OwnedMatrix& out) {
   const float* codes = buffers.codes.as<float>();
   const float* scales = buffers.scales.as<float>();
   const int64_t row_bytes = out.view().row_bytes(), n_groups = out.view().n_groups();
@@ -159,7 +160,8 @@ void store_strip(const StripBuffers& buffers, int64_t strip, const RoundingSpec&
     const int64_t lane = row - first;
     uint8_t* bytes = reinterpret_cast<uint8_t*>(out.data.data()) + row * row_bytes;
     for (int64_t col = 0; col < out.cols; ++col) {
-      const int code = static_cast<int>(codes[col * kStripRows + lane]);
+      const int64_t at = position[static_cast<size_t>(col)];
+      const int code = static_cast<int>(codes[at * kStripRows + lane]);
       if (spec.bits == 8) {
         bytes[col] = static_cast<uint8_t>(static_cast<int8_t>(code));
       } else if (col % 2 == 0) {
@@ -169,8 +171,9 @@ void store_strip(const StripBuffers& buffers, int64_t strip, const RoundingSpec&
       }
     }
     for (int64_t group = 0; group < n_groups; ++group) {
+      const int64_t walked = position[static_cast<size_t>(group * spec.group)] / spec.group;
       out.scales[static_cast<size_t>(row * n_groups + group)] =
-          f32_to_f16(scales[group * kStripRows + lane]);
+          f32_to_f16(scales[walked * kStripRows + lane]);
     }
   }
 }
@@ -192,16 +195,19 @@ Rounded round_matrix(const FloatMatrix& w, const RoundingSpec& spec, const GptqF
   out.group = spec.group;
   out.data.resize(out.view().data_bytes());
   out.scales.resize(out.view().scale_bytes() / 2);
+  const auto column = [&](int64_t at) { return factor ? factor->column(at) : at; };
+  std::vector<int64_t> position(static_cast<size_t>(w.cols));
+  for (int64_t at = 0; at < w.cols; ++at) position[static_cast<size_t>(column(at))] = at;
   int64_t n_clipped = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : n_clipped)
   {
     StripBuffers buffers(w.cols, out.view().n_groups());
 #pragma omp for schedule(dynamic, 1)
     for (int64_t strip = 0; strip < n_strips(w.rows); ++strip) {
-      load_strip(w, strip, buffers.columns.as<float>());
+      load_strip(w, strip, column, buffers.columns.as<float>());
       const int64_t n_lanes = std::min(kStripRows, w.rows - strip * kStripRows);
       n_clipped += round_strip(w.cols, n_lanes, spec, range, factor, buffers);
-      store_strip(buffers, strip, spec, out);
+      store_strip(buffers, position, strip, spec, out);
     }
   }
   result.n_clipped = n_clipped;

@@ -29,8 +29,9 @@ struct Rounded {
 /// Rounds w. Each group's scale minimises the squared error over a grid of shrunken ranges (what
 /// the tail loses, the bulk gains), then is rounded to f16, and only then codes are computed.
 /// factor: null rounds to nearest; otherwise GPTQ (Frantar et al. 2023, arXiv 2210.17323), with
-/// scales found when a group is entered, on the weights as updated by then.
-/// The result does not depend on `threads`. Values must be finite.
+/// scales found when a group is entered, on the weights as updated by then. The factor's order
+/// keeps groups of spec.group together. The result does not depend on `threads`. Values must be
+/// finite.
 Rounded round_matrix(const FloatMatrix& w, const RoundingSpec& spec, const GptqFactor* factor,
                      int threads);
 

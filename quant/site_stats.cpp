@@ -100,7 +100,17 @@ LayerStats::LayerStats(const Config& config, const QuantizeOptions& options) {
 
 FloatMatrix solve_right(const FloatMatrix& m, const GptqFactor& factor, int threads) {
   const FloatMatrix u{factor.n, factor.n, factor.u};
-  return product_nn(product_nt(m, u, threads), u, threads);
+  if (factor.order.empty()) return product_nn(product_nt(m, u, threads), u, threads);
+  FloatMatrix walked = m;
+  for (int64_t i = 0; i < m.rows; ++i) {
+    for (int64_t at = 0; at < m.cols; ++at) walked.row(i)[at] = m.row(i)[factor.column(at)];
+  }
+  walked = product_nn(product_nt(walked, u, threads), u, threads);
+  FloatMatrix solved = walked;
+  for (int64_t i = 0; i < m.rows; ++i) {
+    for (int64_t at = 0; at < m.cols; ++at) solved.row(i)[factor.column(at)] = walked.row(i)[at];
+  }
+  return solved;
 }
 
 FloatMatrix correct_weights(const FloatMatrix& w, const SiteStats& stats, const GptqFactor& factor,

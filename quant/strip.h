@@ -31,14 +31,20 @@ inline int64_t n_strips(int64_t rows) {
 }
 
 /// Columns of rows [16 * strip, 16 * strip + 16) as [cols][16]; rows past the end are zero.
-inline void load_strip(const FloatMatrix& w, int64_t strip, float* out) {
+/// column(position): which column stands at a position of `out`.
+template <typename Column>
+void load_strip(const FloatMatrix& w, int64_t strip, const Column& column, float* out) {
   const int64_t first = strip * kStripRows;
   const int64_t count = std::min(kStripRows, w.rows - first);
   if (count < kStripRows) std::fill(out, out + w.cols * kStripRows, 0.0f);
   for (int64_t lane = 0; lane < count; ++lane) {
     const float* row = w.row(first + lane);
-    for (int64_t col = 0; col < w.cols; ++col) out[col * kStripRows + lane] = row[col];
+    for (int64_t col = 0; col < w.cols; ++col) out[col * kStripRows + lane] = row[column(col)];
   }
+}
+inline void load_strip(const FloatMatrix& w, int64_t strip, float* out) {
+  load_strip(
+      w, strip, [](int64_t col) { return col; }, out);
 }
 
 }  // namespace tq

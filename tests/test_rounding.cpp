@@ -7,6 +7,7 @@
 #include "quant/gptq.h"
 #include "quant/rng.h"
 #include "quant/rounding.h"
+#include "quant/site_stats.h"
 
 namespace tq {
 namespace {
@@ -287,6 +288,40 @@ TEST(Gptq, MatchesThePlainColumnLoop) {
     }
   }
   EXPECT_LE(n_different, 1);  // f32 against f64 may decide a near-tie of 480 otherwise
+}
+
+// Inputs of very different size: rounding the loud ones first leaves more to compensate with.
+TEST(Gptq, ActivationOrderLowersTheOutputErrorAndKeepsGroups) {
+  const int64_t n = 224;  // three whole groups of 64 and a short one
+  FloatMatrix x = correlated_inputs(1000, n, 25);
+  for (int64_t t = 0; t < x.rows; ++t) {
+    for (int64_t i = 128; i < n; ++i) x.row(t)[i] *= 8;
+  }
+  const FloatMatrix w = random_matrix(48, n, 26);
+  Gram gram(n);
+  gram.add(x.data.data(), x.rows, 1);
+  const ColumnOrder order = activation_order(gram, 64);
+  ASSERT_EQ(order.size(), static_cast<size_t>(n));
+  for (int64_t at = 0; at < n; ++at) {
+    EXPECT_EQ(order[static_cast<size_t>(at)] / 64, order[static_cast<size_t>(at / 64 * 64)] / 64);
+    if (at % 64 == 0) continue;
+    const int64_t before = order[static_cast<size_t>(at - 1)], col = order[static_cast<size_t>(at)];
+    EXPECT_GE(gram.at(before, before), gram.at(col, col));
+  }
+  EXPECT_EQ(order[0] / 64, 2);    // the loud whole group
+  EXPECT_EQ(order[192] / 64, 3);  // the short one stays last
+  const GptqFactor plain = factorize(gram, 1, "test"), ordered = factorize(gram, 1, "test", order);
+  const double as_they_stand = output_error(w, round_matrix(w, {4, 64}, &plain, 1).matrix, gram);
+  EXPECT_LT(output_error(w, round_matrix(w, {4, 64}, &ordered, 1).matrix, gram), as_they_stand);
+  // Only a walk depends on the order, not what is solved with the factor.
+  const FloatMatrix a = solve_right(w, plain, 1), b = solve_right(w, ordered, 1);
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < a.data.size(); ++i) {
+    difference += std::pow(double{a.data[i]} - double{b.data[i]}, 2);
+    size += std::pow(double{a.data[i]}, 2);
+  }
+  // Two triangular products of up to n terms in f32.
+  EXPECT_LT(std::sqrt(difference), 2 * n * 0x1.0p-24 * std::sqrt(size));
 }
 
 TEST(Gptq, DeadInputsDoNotHurt) {

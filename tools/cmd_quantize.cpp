@@ -40,7 +40,7 @@ struct QuantizeArguments {
   std::vector<std::string> keep;
   uint64_t seed = 0;
   int threads = 0;
-  bool dry_run = false, resume = false, force = false, quiet = false;
+  bool act_order = false, dry_run = false, resume = false, force = false, quiet = false;
 };
 
 template <typename T, typename U>
@@ -123,6 +123,7 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
     contradiction(args.rounding ? "--rounding" : "--bits-w " + std::to_string(*args.bits_w));
   }
   if (args.rounding) options.rounding = find_name(kRoundings, *args.rounding);
+  options.act_order = args.act_order;
   if (args.basis) options.basis = find_name(kBases, *args.basis);
   override_with(options.bits_w, args.bits_w);
   if (options.bits_w >= 16 && options.rounding != RoundingKind::kStore) {
@@ -450,6 +451,8 @@ void add_method_options(CLI::App& command, QuantizeArguments& args) {
                   "rtn, gptq, or gptq-ls (weights corrected for the rounding of their inputs)")
       ->check(CLI::IsMember(names_of(kRoundings)))
       ->default_str(of_method);
+  command.add_flag("--act-order", args.act_order,
+                   "GPTQ rounds groups of columns with loud inputs first");
   command.add_option("--rank", args.rank, "rank of the low-rank branch, 0 = none")
       ->check(number_in(0, 4096))
       ->default_str("twinquant, svdquant: 32, else 0");
