@@ -64,6 +64,17 @@ Calibration cut_samples(const std::vector<int32_t>& ids, int64_t n_samples, int6
   return calibration;
 }
 
+FloatMatrix embed_tokens(const Matrix& table, const std::vector<int32_t>& tokens,
+                         const Transform& residual, int threads) {
+  FloatMatrix rows{std::ssize(tokens), table.cols, {}};
+  rows.data.resize(tokens.size() * static_cast<size_t>(table.cols));
+  for (int64_t i = 0; i < rows.rows; ++i) {
+    matrix_row_f32(table, tokens[static_cast<size_t>(i)], rows.row(i));
+  }
+  transform_rows(rows, residual, 1, threads);
+  return rows;
+}
+
 CalibrationStream::CalibrationStream(const Model& model, const Calibration& calibration,
                                      const Transform& residual, Backend& backend, int threads)
     : backend_(backend),
@@ -76,17 +87,10 @@ CalibrationStream::CalibrationStream(const Model& model, const Calibration& cali
   rope_.attention_factor = static_cast<float>(config_.rope.attention_factor);
   host_.resize(
       static_cast<size_t>(length_ * std::max({config_.dim, config_.q_dim(), config_.hidden_dim})));
-  hidden_.resize(static_cast<size_t>(calibration.n_tokens() * config_.dim));
-  std::vector<double> row(static_cast<size_t>(config_.dim));
-  float* out = hidden_.data();
+  hidden_.reserve(static_cast<size_t>(calibration.n_tokens() * config_.dim));
   for (const auto& sample : calibration.samples) {
-    for (int32_t id : sample) {
-      matrix_row_f32(model.tok_embed, id, out);
-      std::copy_n(out, config_.dim, row.begin());
-      apply_transform(residual, row.data(), false);
-      out = std::transform(row.begin(), row.end(), out,
-                           [](double value) { return static_cast<float>(value); });
-    }
+    const FloatMatrix embedded = embed_tokens(model.tok_embed, sample, residual, threads);
+    hidden_.insert(hidden_.end(), embedded.data.begin(), embedded.data.end());
   }
 }
 

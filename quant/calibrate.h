@@ -33,6 +33,10 @@ Calibration cut_samples(const std::vector<int32_t>& ids, int64_t n_samples, int6
 /// The text used without --calib: passages of the English Wikipedia, CC BY-SA 3.0, 330 kB.
 std::string_view builtin_calibration_text();
 
+/// Rows of the embedding in the basis of the stream, [n_tokens, dim].
+FloatMatrix embed_tokens(const Matrix& table, const std::vector<int32_t>& tokens,
+                         const Transform& residual, int threads);
+
 class CalibrationStream {
  public:
   /// Embeds all samples. `residual` is the basis of the stream. References must outlive this.

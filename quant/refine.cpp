@@ -143,10 +143,10 @@ class Student {
   Var kl_of(Tape& tape, size_t sample) {
     const std::vector<int32_t>& tokens = inputs_.calibration.samples[sample];
     const int64_t rows = static_cast<int64_t>(tokens.size());
-    embedded_ = embed(tokens);
+    embedded_ = embed_tokens(inputs_.source.tok_embed, tokens, inputs_.basis, options_.threads);
     const float* reference =
         inputs_.reference.data() + static_cast<int64_t>(sample) * rows * config_.dim;
-    Var x = tape.constant({1, rows, config_.dim}, embedded_.data());
+    Var x = tape.constant({1, rows, config_.dim}, embedded_.data.data());
     for (size_t index = 0; index < layers_.size(); ++index) {
       x = checkpoint(tape,
                      [this, index](Tape& inner, const std::vector<Var>& in) {
@@ -167,21 +167,6 @@ class Student {
       weight.fixed = to_float_matrix(matrix.view());
     }
     return weight;
-  }
-
-  std::vector<float> embed(const std::vector<int32_t>& tokens) const {
-    const int64_t dim = config_.dim;
-    std::vector<float> out(tokens.size() * static_cast<size_t>(dim));
-#pragma omp parallel for num_threads(options_.threads) schedule(static)
-    for (size_t i = 0; i < tokens.size(); ++i) {
-      float* row = out.data() + i * static_cast<size_t>(dim);
-      matrix_row_f32(inputs_.source.tok_embed, tokens[i], row);
-      std::vector<double> wide(row, row + dim);
-      apply_transform(inputs_.basis, wide.data(), false);
-      std::transform(wide.begin(), wide.end(), row,
-                     [](double value) { return static_cast<float>(value); });
-    }
-    return out;
   }
 
   // The layer of model/forward.cpp, as the runtime computes it for these codes.
@@ -270,7 +255,7 @@ class Student {
   FloatMatrix last_;                   // dense output basis
   RopeTable rope_;
   FloatMatrix head_;
-  std::vector<float> embedded_;  // of the sequence on the tape
+  FloatMatrix embedded_;  // of the sequence on the tape
   std::vector<std::pair<std::optional<FloatStep>, std::optional<FloatStep>>> skips_;
   std::deque<Scales> scales_;  // stable addresses
   std::vector<std::array<StudentLinear, kNLinears>> linears_;

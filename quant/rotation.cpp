@@ -1,7 +1,7 @@
 // rotation - folding of Hadamard rotations into weights. See rotation.h.
 //
-// Everything is computed in f64 and rounded to f32 once per folded rotation, so that the rotated
-// model differs from the original by the rounding of f32 alone.
+// Hadamard rotations are computed in f64 and rounded to f32 once per folded rotation, so that the
+// rotated model differs from the original by the rounding of f32 alone.
 #include "quant/rotation.h"
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 
 #include "model/error.h"
 #include "model/hadamard.h"
+#include "quant/product.h"
 #include "quant/rng.h"
 
 namespace tq {
@@ -108,6 +109,15 @@ void apply_transform(const Transform& transform, double* v, bool inverse) {
 void transform_rows(FloatMatrix& w, const Transform& transform, int64_t repeat, int threads) {
   if (!transform.active()) return;
   TQ_CHECK(transform.size * repeat == w.cols);
+  if (transform.kind == Transform::Kind::kDense) {
+    const int64_t rows = w.rows, cols = w.cols;
+    w.rows = rows * repeat;  // every block as a row
+    w.cols = transform.size;
+    w = product_nn(w, to_float_matrix(transform.matrix), threads);
+    w.rows = rows;
+    w.cols = cols;
+    return;
+  }
 #pragma omp parallel num_threads(threads)
   {
     std::vector<double> row(static_cast<size_t>(w.cols)), scratch;
