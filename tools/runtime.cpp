@@ -14,6 +14,9 @@
 #include <iostream>
 #include <iterator>
 
+#ifdef TQ_WITH_CUDA
+#include "cuda/cuda_backend.h"
+#endif
 #include "model/error.h"
 
 namespace tq {
@@ -44,14 +47,21 @@ void add_device_options(CLI::App& command, DeviceOptions& options, bool with_kv)
 }
 
 std::unique_ptr<Backend> open_backend(const DeviceOptions& options) {
+  if (options.device != "auto" && options.device != "cpu" && options.device != "cuda") {
+    throw Error(ErrorKind::kUsage, "unknown device", "--device " + options.device,
+                "expected auto, cpu or cuda");
+  }
+#ifdef TQ_WITH_CUDA
+  std::string why;
+  if (options.device == "cuda" || (options.device == "auto" && cuda_usable(why))) {
+    return make_cuda_backend();
+  }
+#else
   if (options.device == "cuda") {
     throw Error(ErrorKind::kResource, "no CUDA device", "--device cuda",
                 "this tq was built without CUDA", "use --device cpu");
   }
-  if (options.device != "auto" && options.device != "cpu") {
-    throw Error(ErrorKind::kUsage, "unknown device", "--device " + options.device,
-                "expected auto, cpu or cuda");
-  }
+#endif
   return std::make_unique<CpuBackend>(options.threads);
 }
 

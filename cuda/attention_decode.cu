@@ -1,0 +1,286 @@
+// attention_decode - attention of few rows over a long cache: every cached byte is read once.
+//
+// attention - out = sum_j softmax_j(scale q.k_j) v_j over the keys j <= position of the row
+// Shapes    q, out [rows, n_heads, head_dim] f32; keys, values [kv head, ctx, head_dim] in 32, 16,
+//           8 or 4 bits
+// Work      a block: one row, one key head (all queries that share it, up to 8), one stretch of
+//           keys. A lane owns 8 coordinates; ceil(head_dim / 8) lanes (up to a power of two) a key
+//           slot; each slot keeps an online softmax of its own over every n-th key. Slots and warps
+//           are merged through shared memory, stretches by a second kernel.
+// Memory    the cache of the row's positions once -> DRAM; 4 keys a slot in flight
+// Constants 4 keys a step: one rescaling of the sums for four keys, 8 loads in flight a lane
+// Requires  head_dim <= 256
+// Error     scores gamma_head_dim |q||k| as on the CPU, exp 2 ulp; sums in another order;
+//           tests/test_cuda_ops.cpp
+// Source    online softmax (Milakov and Gimelshein 2018), flash-decoding (Dao et al. 2023)
+#include <algorithm>
+
+#include "cuda/device.cuh"
+#include "model/error.h"
+
+namespace tq::cuda {
+namespace {
+
+constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+constexpr int kKeys = 4;            // of a slot a step
+constexpr int64_t kMinStretch = 64;  // keys of a block: less is not worth a merge
+
+// Coordinates [8 chunk, 8 chunk + 8) of a cached vector; zeros behind head_dim.
+template <int kBits>
+__device__ inline void load_chunk(const CacheView& cache, const uint8_t* vectors,
+                                  const __half2* scales, int64_t place, int chunk, float* out) {
+  const uint8_t* from = vectors + place * cache.vector_bytes;
+  const int64_t first = chunk * 8;
+  if (cache.head_dim % 8 != 0) {  // vectors begin anywhere
+    const float2 by = kBits < 16 ? __half22float2(scales[place]) : make_float2(0, 0);
+    for (int i = 0; i < 8; ++i) {
+      const int64_t at = first + i;
+      if (at >= cache.head_dim) {
+        out[i] = 0;
+      } else if constexpr (kBits == 32) {
+        out[i] = reinterpret_cast<const float*>(from)[at];
+      } else if constexpr (kBits == 16) {
+        out[i] = __half2float(reinterpret_cast<const __half*>(from)[at]);
+      } else {
+        const int code = kBits == 8 ? from[at] : at % 2 ? from[at / 2] >> 4 : from[at / 2] & 15;
+        out[i] = fmaf(static_cast<float>(code), by.x, by.y);
+      }
+    }
+    return;
+  }
+  if (first >= cache.head_dim) {
+    for (int i = 0; i < 8; ++i) out[i] = 0;
+    return;
+  }
+  if constexpr (kBits == 32) {
+    const float4 a = reinterpret_cast<const float4*>(from)[2 * chunk];
+    const float4 b = reinterpret_cast<const float4*>(from)[2 * chunk + 1];
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+    out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+  } else if constexpr (kBits == 16) {
+    const uint4 words = reinterpret_cast<const uint4*>(from)[chunk];
+    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
+      out[2 * i] = pair.x;
+      out[2 * i + 1] = pair.y;
+    }
+  } else {
+    const float2 by = __half22float2(scales[place]);
+    uint32_t words[2];
+    if constexpr (kBits == 8) {
+      const uint2 both = reinterpret_cast<const uint2*>(from)[chunk];
+      words[0] = both.x;
+      words[1] = both.y;
+    } else {
+      words[0] = reinterpret_cast<const uint32_t*>(from)[chunk];
+    }
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t code =
+          kBits == 8 ? words[i / 4] >> i % 4 * 8 & 255 : words[0] >> 4 * i & 15;
+      out[i] = fmaf(static_cast<float>(code), by.x, by.y);
+    }
+  }
+}
+
+// (max, sum, out) of one query and 8 coordinates, merged with another stretch's.
+struct Part {
+  float max, sum, out[8];
+  __device__ void merge(const Part& other) {
+    const float top = fmaxf(max, other.max);
+    // Both empty: -inf - -inf would be NaN.
+    const float keep = max == -INFINITY ? 0.0f : expf(max - top);
+    const float take = other.max == -INFINITY ? 0.0f : expf(other.max - top);
+    max = top;
+    sum = fmaf(other.sum, take, sum * keep);
+    for (int i = 0; i < 8; ++i) out[i] = fmaf(other.out[i], take, out[i] * keep);
+  }
+};
+
+template <int kBits, int kQueries>
+__global__ void __launch_bounds__(kThreads)
+    decode_kernel(const __grid_constant__ AttentionJob job, int lanes) {
+  begin_kernel();
+  const CacheView& cache = job.cache;
+  const int64_t group_size = job.n_heads / cache.n_kv_heads;
+  const int64_t query_blocks = (group_size + kQueries - 1) / kQueries;
+  const int64_t kv_head = blockIdx.x / query_blocks;
+  const int64_t first_query = blockIdx.x % query_blocks * kQueries;
+  const int n_queries = static_cast<int>(min(int64_t{kQueries}, group_size - first_query));
+  const int64_t split = blockIdx.y, row = blockIdx.z;
+  const int64_t n_keys = job.input->pos0 + row + 1;
+  const int64_t stretch = (n_keys + job.n_splits - 1) / job.n_splits;
+  const int64_t begin = split * stretch, end = min(begin + stretch, n_keys);
+
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int chunk = lane % lanes, slots = kWarp / lanes;
+  const int64_t slot = warp * slots + lane / lanes, n_slots = kWarps * slots;
+  const int64_t first_head = kv_head * group_size + first_query;
+  const float* q_row = job.q + (row * job.n_heads + first_head) * cache.head_dim;
+
+  float q[kQueries][8];
+  Part parts[kQueries];
+  for (int i = 0; i < kQueries; ++i) {
+    parts[i].max = -INFINITY;
+    parts[i].sum = 0;
+    for (int j = 0; j < 8; ++j) {
+      const int64_t at = chunk * 8 + j;
+      parts[i].out[j] = 0;
+      q[i][j] = i < n_queries && at < cache.head_dim ? q_row[i * cache.head_dim + at] * job.scale
+                                                     : 0.0f;
+    }
+  }
+  const int64_t base = kv_head * cache.ctx;
+  for (int64_t key = begin; key < end; key += n_slots * kKeys) {  // the same for all: shuffles
+    float scores[kKeys][kQueries], values[kKeys][8];
+#pragma unroll
+    for (int step = 0; step < kKeys; ++step) {
+      const int64_t at = key + step * n_slots + slot;
+      const int64_t place = base + min(at, end - 1);
+      float k[8];
+      load_chunk<kBits>(cache, cache.keys, cache.key_scales, place, chunk, k);
+      load_chunk<kBits>(cache, cache.values, cache.value_scales, place, chunk, values[step]);
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) {
+        float score = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) score = fmaf(q[i][j], k[j], score);
+        scores[step][i] = score;
+      }
+    }
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int step = 0; step < kKeys; ++step) {
+#pragma unroll
+        for (int i = 0; i < kQueries; ++i) {
+          scores[step][i] += __shfl_xor_sync(kFullMask, scores[step][i], distance);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+      float top = parts[i].max;
+#pragma unroll
+      for (int step = 0; step < kKeys; ++step) {
+        if (key + step * n_slots + slot >= end) scores[step][i] = -INFINITY;
+        top = scores[step][i] > top || isnan(scores[step][i]) ? scores[step][i] : top;
+      }
+      if (top == -INFINITY) continue;
+      const float keep = expf(parts[i].max - top);
+      parts[i].max = top;
+      parts[i].sum *= keep;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) parts[i].out[j] *= keep;
+#pragma unroll
+      for (int step = 0; step < kKeys; ++step) {
+        const float weight = expf(scores[step][i] - top);
+        parts[i].sum += weight;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          parts[i].out[j] = fmaf(weight, values[step][j], parts[i].out[j]);
+        }
+      }
+    }
+  }
+  // Slots of a warp, then warps.
+  __shared__ Part shared[kWarps][kQueries][kWarp];
+#pragma unroll
+  for (int i = 0; i < kQueries; ++i) {
+    for (int distance = lanes; distance < kWarp; distance *= 2) {
+      Part other;
+      other.max = __shfl_xor_sync(kFullMask, parts[i].max, distance);
+      other.sum = __shfl_xor_sync(kFullMask, parts[i].sum, distance);
+      for (int j = 0; j < 8; ++j) {
+        other.out[j] = __shfl_xor_sync(kFullMask, parts[i].out[j], distance);
+      }
+      parts[i].merge(other);
+    }
+    if (lane < lanes) shared[warp][i][lane] = parts[i];
+  }
+  __syncthreads();
+  for (int item = threadIdx.x; item < n_queries * lanes; item += kThreads) {
+    const int i = item / lanes, c = item % lanes;
+    Part total = shared[0][i][c];
+    for (int w = 1; w < kWarps; ++w) total.merge(shared[w][i][c]);
+    const int64_t head = first_head + i;
+    if (job.n_splits == 1) {
+      float* out = job.out + (row * job.n_heads + head) * cache.head_dim;
+      for (int j = 0; j < 8; ++j) {
+        if (c * 8 + j < cache.head_dim) out[c * 8 + j] = total.out[j] / total.sum;
+      }
+    } else {
+      float* out = job.partials + ((row * job.n_heads + head) * job.n_splits + split) *
+                                      (cache.head_dim + 2);
+      if (c == 0) out[0] = total.max, out[1] = total.sum;
+      for (int j = 0; j < 8; ++j) {
+        if (c * 8 + j < cache.head_dim) out[2 + c * 8 + j] = total.out[j];
+      }
+    }
+  }
+}
+
+// A block a head of a row; a thread a coordinate.
+__global__ void combine_kernel(const __grid_constant__ AttentionJob job) {
+  begin_kernel();
+  const int64_t head_dim = job.cache.head_dim, stride = head_dim + 2;
+  const float* parts = job.partials + blockIdx.x * job.n_splits * stride;
+  float max = -INFINITY;
+  for (int64_t i = 0; i < job.n_splits; ++i) {
+    const float other = parts[i * stride];
+    max = other > max || isnan(other) ? other : max;
+  }
+  for (int64_t at = threadIdx.x; at < head_dim; at += blockDim.x) {
+    float sum = 0, out = 0;
+    for (int64_t i = 0; i < job.n_splits; ++i) {
+      if (parts[i * stride] == -INFINITY) continue;  // an empty stretch
+      const float take = expf(parts[i * stride] - max);
+      sum = fmaf(parts[i * stride + 1], take, sum);
+      out = fmaf(parts[i * stride + 2 + at], take, out);
+    }
+    job.out[blockIdx.x * head_dim + at] = out / sum;
+  }
+}
+
+template <int kBits>
+void launch_bits(const AttentionJob& job, const Gpu& gpu) {
+  int lanes = 1;
+  while (lanes * 8 < job.cache.head_dim) lanes *= 2;
+  const int64_t group_size = job.n_heads / job.cache.n_kv_heads;
+  const int64_t n_queries = group_size == 1 ? 1 : group_size == 2 ? 2 : group_size <= 4 ? 4 : 8;
+  const auto kernel = n_queries == 1   ? decode_kernel<kBits, 1>
+                      : n_queries == 2 ? decode_kernel<kBits, 2>
+                      : n_queries == 4 ? decode_kernel<kBits, 4>
+                                       : decode_kernel<kBits, 8>;
+  const dim3 grid(static_cast<unsigned>(job.cache.n_kv_heads *
+                                        ((group_size + n_queries - 1) / n_queries)),
+                  static_cast<unsigned>(job.n_splits), static_cast<unsigned>(job.rows));
+  launch_kernel(gpu, "attention", kernel, grid, dim3(kThreads), 0, job, lanes);
+}
+
+}  // namespace
+
+int64_t attention_splits(int64_t rows, int64_t n_kv_heads, int64_t max_keys, const Gpu& gpu) {
+  const int64_t wanted = 4 * gpu.facts.n_sms / std::max<int64_t>(1, rows * n_kv_heads);
+  return std::clamp<int64_t>(wanted, 1, (max_keys + kMinStretch - 1) / kMinStretch);
+}
+
+int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits) {
+  return n_splits == 1 ? 0 : rows * n_heads * n_splits * (head_dim + 2);
+}
+
+void launch_attention_decode(const AttentionJob& job, const Gpu& gpu) {
+  TQ_CHECK(job.cache.head_dim <= 256 && job.rows < 65536 && job.n_splits < 65536);
+  TQ_CHECK(job.n_heads % job.cache.n_kv_heads == 0);
+  if (job.rows == 0) return;
+  switch (job.cache.bits) {
+    case 32: launch_bits<32>(job, gpu); break;
+    case 16: launch_bits<16>(job, gpu); break;
+    case 8: launch_bits<8>(job, gpu); break;
+    default: launch_bits<4>(job, gpu); break;
+  }
+  if (job.n_splits == 1) return;
+  launch_kernel(gpu, "attention merge", combine_kernel,
+                dim3(static_cast<unsigned>(job.rows * job.n_heads)), dim3(128), 0, job);
+}
+
+}  // namespace tq::cuda
