@@ -22,7 +22,7 @@ namespace tq::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
-constexpr int kKeys = 4;            // of a slot a step
+constexpr int kKeys = 4;             // of a slot a step
 constexpr int64_t kMinStretch = 64;  // keys of a block: less is not worth a merge
 
 // Coordinates [8 chunk, 8 chunk + 8) of a cached vector; zeros behind head_dim.
@@ -76,8 +76,7 @@ __device__ inline void load_chunk(const CacheView& cache, const uint8_t* vectors
       words[0] = reinterpret_cast<const uint32_t*>(from)[chunk];
     }
     for (int i = 0; i < 8; ++i) {
-      const uint32_t code =
-          kBits == 8 ? words[i / 4] >> i % 4 * 8 & 255 : words[0] >> 4 * i & 15;
+      const uint32_t code = kBits == 8 ? words[i / 4] >> i % 4 * 8 & 255 : words[0] >> 4 * i & 15;
       out[i] = fmaf(static_cast<float>(code), by.x, by.y);
     }
   }
@@ -126,8 +125,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < 8; ++j) {
       const int64_t at = chunk * 8 + j;
       parts[i].out[j] = 0;
-      q[i][j] = i < n_queries && at < cache.head_dim ? q_row[i * cache.head_dim + at] * job.scale
-                                                     : 0.0f;
+      q[i][j] =
+          i < n_queries && at < cache.head_dim ? q_row[i * cache.head_dim + at] * job.scale : 0.0f;
     }
   }
   const int64_t base = kv_head * cache.ctx;
@@ -209,8 +208,8 @@ __global__ void __launch_bounds__(kThreads)
         if (c * 8 + j < cache.head_dim) out[c * 8 + j] = total.out[j] / total.sum;
       }
     } else {
-      float* out = job.partials + ((row * job.n_heads + head) * job.n_splits + split) *
-                                      (cache.head_dim + 2);
+      float* out =
+          job.partials + ((row * job.n_heads + head) * job.n_splits + split) * (cache.head_dim + 2);
       if (c == 0) out[0] = total.max, out[1] = total.sum;
       for (int j = 0; j < 8; ++j) {
         if (c * 8 + j < cache.head_dim) out[2 + c * 8 + j] = total.out[j];
@@ -251,9 +250,9 @@ void launch_bits(const AttentionJob& job, const Gpu& gpu) {
                       : n_queries == 2 ? decode_kernel<kBits, 2>
                       : n_queries == 4 ? decode_kernel<kBits, 4>
                                        : decode_kernel<kBits, 8>;
-  const dim3 grid(static_cast<unsigned>(job.cache.n_kv_heads *
-                                        ((group_size + n_queries - 1) / n_queries)),
-                  static_cast<unsigned>(job.n_splits), static_cast<unsigned>(job.rows));
+  const dim3 grid(
+      static_cast<unsigned>(job.cache.n_kv_heads * ((group_size + n_queries - 1) / n_queries)),
+      static_cast<unsigned>(job.n_splits), static_cast<unsigned>(job.rows));
   launch_kernel(gpu, "attention", kernel, grid, dim3(kThreads), 0, job, lanes);
 }
 
@@ -273,10 +272,18 @@ void launch_attention_decode(const AttentionJob& job, const Gpu& gpu) {
   TQ_CHECK(job.n_heads % job.cache.n_kv_heads == 0);
   if (job.rows == 0) return;
   switch (job.cache.bits) {
-    case 32: launch_bits<32>(job, gpu); break;
-    case 16: launch_bits<16>(job, gpu); break;
-    case 8: launch_bits<8>(job, gpu); break;
-    default: launch_bits<4>(job, gpu); break;
+    case 32:
+      launch_bits<32>(job, gpu);
+      break;
+    case 16:
+      launch_bits<16>(job, gpu);
+      break;
+    case 8:
+      launch_bits<8>(job, gpu);
+      break;
+    default:
+      launch_bits<4>(job, gpu);
+      break;
   }
   if (job.n_splits == 1) return;
   launch_kernel(gpu, "attention merge", combine_kernel,

@@ -113,8 +113,7 @@ class CudaBackend : public Backend {
   std::unique_ptr<PreparedTransform> prepare_transform(const Transform& transform) override {
     return std::make_unique<Tracked<CudaTransform>>(transform, queue_);
   }
-  std::unique_ptr<KvCache> make_kv_cache(const Config& config, int64_t ctx,
-                                         int kv_bits) override {
+  std::unique_ptr<KvCache> make_kv_cache(const Config& config, int64_t ctx, int kv_bits) override {
     return std::make_unique<CudaKvCache>(config, ctx, kv_bits, queue_);
   }
   int64_t kv_bytes(const Config& config, int64_t ctx, int kv_bits) const override {

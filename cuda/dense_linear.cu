@@ -214,19 +214,23 @@ void launch_dense(const DenseJob& job, const Gpu& gpu) {
   TQ_CHECK(job.w.data && job.rows < 64 * 65535);
   if (job.rows == 0) return;
   switch (job.w.storage) {
-    case Storage::kF32: return launch_storage<Storage::kF32>(job, gpu);
-    case Storage::kF16: return launch_storage<Storage::kF16>(job, gpu);
-    case Storage::kBF16: return launch_storage<Storage::kBF16>(job, gpu);
-    case Storage::kQ4: return launch_storage<Storage::kQ4>(job, gpu);
-    case Storage::kQ8: return launch_storage<Storage::kQ8>(job, gpu);
+    case Storage::kF32:
+      return launch_storage<Storage::kF32>(job, gpu);
+    case Storage::kF16:
+      return launch_storage<Storage::kF16>(job, gpu);
+    case Storage::kBF16:
+      return launch_storage<Storage::kBF16>(job, gpu);
+    case Storage::kQ4:
+      return launch_storage<Storage::kQ4>(job, gpu);
+    case Storage::kQ8:
+      return launch_storage<Storage::kQ8>(job, gpu);
   }
 }
 
 void launch_packed_simple(const PackedSimpleJob& job, const Gpu& gpu) {
   TQ_CHECK(job.w.data && job.rows < 65536);
   if (job.rows == 0) return;
-  const dim3 grid(static_cast<unsigned>((job.w.rows + 127) / 128),
-                  static_cast<unsigned>(job.rows));
+  const dim3 grid(static_cast<unsigned>((job.w.rows + 127) / 128), static_cast<unsigned>(job.rows));
   launch_kernel(gpu, "packed simple", packed_simple_kernel, grid, dim3(128), 0, job);
 }
 

@@ -41,8 +41,10 @@ __device__ inline float warp_max(float value) {
 __device__ inline float canonical_at(const CanonicalView& w, int64_t row, int64_t col) {
   const uint8_t* data = w.data + row * w.row_bytes;
   switch (w.storage) {
-    case Storage::kF32: return reinterpret_cast<const float*>(data)[col];
-    case Storage::kF16: return __half2float(reinterpret_cast<const __half*>(data)[col]);
+    case Storage::kF32:
+      return reinterpret_cast<const float*>(data)[col];
+    case Storage::kF16:
+      return __half2float(reinterpret_cast<const __half*>(data)[col]);
     case Storage::kBF16:
       return __uint_as_float(uint32_t{reinterpret_cast<const uint16_t*>(data)[col]} << 16);
     case Storage::kQ4: {

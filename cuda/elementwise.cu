@@ -15,14 +15,15 @@ namespace {
 constexpr int kThreads = 256;
 
 dim3 grid_for(int64_t count) {
-  return dim3(static_cast<unsigned>(std::clamp<int64_t>((count + kThreads - 1) / kThreads, 1,
-                                                        1 << 16)));
+  return dim3(
+      static_cast<unsigned>(std::clamp<int64_t>((count + kThreads - 1) / kThreads, 1, 1 << 16)));
 }
 
 // The elements of one thread: a grid-stride loop.
-#define TQ_EACH(i, count)                                                              \
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, step_ = gridDim.x * \
-       int64_t{blockDim.x}; i < (count); i += step_)
+#define TQ_EACH(i, count)                                          \
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, \
+               step_ = gridDim.x * int64_t{blockDim.x};            \
+       i < (count); i += step_)
 
 __global__ void embed_kernel(CanonicalView table, const StepInput* input, int64_t count, float* x) {
   begin_kernel();

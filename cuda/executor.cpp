@@ -88,9 +88,7 @@ class LinearsPlan {
     return matrix.has_fragments() || matrix.canonical().storage == Storage::kQ4 ||
            matrix.canonical().storage == Storage::kQ8;
   }
-  float* expanded(float* known) {
-    return known ? known : arena_.take<float>(op_.rows * op_.cols);
-  }
+  float* expanded(float* known) { return known ? known : arena_.take<float>(op_.rows * op_.cols); }
   const Rounding* rounding_of(const ActQuant& act) const {
     for (const Rounding& known : roundings_) {
       if (known.act == act) return &known;
@@ -234,8 +232,11 @@ size_t Executor::run(std::span<const Op> ops, Arena arena) {
       case OpKind::kCopyRows:
         if (launching) launch_copy(op.x, op.out, op.rows * op.cols, gpu_);
         break;
-      case OpKind::kTransform: run_transform(op, arena); break;
-      default: TQ_CHECK(false, "an operation without a kernel");
+      case OpKind::kTransform:
+        run_transform(op, arena);
+        break;
+      default:
+        TQ_CHECK(false, "an operation without a kernel");
     }
   }
   counted_ = std::max(counted_, arena.used());
@@ -258,9 +259,8 @@ size_t Executor::run_rows(std::span<const Op> ops, Arena& arena) {
     job.eps = ops[i].eps;
     job.normed = ops[i].out;
     ++i;
-  } else if (ops[0].kind == OpKind::kSiluMul && ops.size() > 1 &&
-             ops[1].kind == OpKind::kLinears && ops[1].x == ops[0].out &&
-             ops[1].rows * ops[1].cols == ops[0].cols) {
+  } else if (ops[0].kind == OpKind::kSiluMul && ops.size() > 1 && ops[1].kind == OpKind::kLinears &&
+             ops[1].x == ops[0].out && ops[1].rows * ops[1].cols == ops[0].cols) {
     job = plain_rows(ops[0].out, ops[1].rows, ops[1].cols);
     job.up = ops[0].y;
     job.sum = ops[0].out;
@@ -364,9 +364,13 @@ void Executor::run_attention(const Op& op, Arena& arena) {
   job.n_heads = op.n_heads;
   job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(op.head_dim)));
   job.input = input_;
+  if (attention_prefill_takes(job.cache, op.rows)) {
+    if (!arena.counting()) launch_attention_prefill(job, gpu_);
+    return;
+  }
   job.n_splits = attention_splits(op.rows, op.n_kv_heads, max_keys_, gpu_);
-  job.partials = arena.take<float>(
-      attention_partials(op.rows, op.n_heads, op.head_dim, job.n_splits));
+  job.partials =
+      arena.take<float>(attention_partials(op.rows, op.n_heads, op.head_dim, job.n_splits));
   if (!arena.counting()) launch_attention_decode(job, gpu_);
 }
 

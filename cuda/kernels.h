@@ -1,8 +1,8 @@
 // kernels - the launch functions of cuda/*.cu and the plain values that they take.
 //
 // A job holds pointers to device memory and sizes, no ownership. launch_<name>() checks what the
-// kernel requires and enqueues it on the GPU's stream. Read next: rows.cu, packed_matvec.cu, packed_gemm.cu,
-// dense_linear.cu, heads.cu, attention_decode.cu.
+// kernel requires and enqueues it on the GPU's stream. Read next: rows.cu, packed_matvec.cu,
+// packed_gemm.cu, dense_linear.cu, heads.cu, attention_decode.cu.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -102,8 +102,8 @@ void launch_packed_matvec(const PackedJob& job, const Gpu& gpu);
 void launch_packed_gemm(const PackedJob& job, const Gpu& gpu);
 
 /// cos and sin of positions [0, n): angles [n, half] of (cos, sin), as cpu/ops.h defines them.
-void launch_rope_angles(const float* inv_freq, int64_t half, float factor, int64_t n, float2* angles,
-                        const Gpu& gpu);
+void launch_rope_angles(const float* inv_freq, int64_t half, float factor, int64_t n,
+                        float2* angles, const Gpu& gpu);
 
 /// One layer of the cache.
 struct CacheView {
@@ -122,7 +122,7 @@ struct HeadsJob {
   const float* v;
   const float *q_gain, *k_gain;  // [head_dim] or null
   float eps;
-  const float2* angles;    // [positions, head_dim / 2] or null
+  const float2* angles;       // [positions, head_dim / 2] or null
   int64_t block, base_order;  // Hadamard; block 0: none
   const int8_t* base;
   float hadamard_scale;
@@ -147,5 +147,7 @@ struct AttentionJob {
 int64_t attention_splits(int64_t rows, int64_t n_kv_heads, int64_t max_keys, const Gpu& gpu);
 int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits);
 void launch_attention_decode(const AttentionJob& job, const Gpu& gpu);
+bool attention_prefill_takes(const CacheView& cache, int64_t rows);
+void launch_attention_prefill(const AttentionJob& job, const Gpu& gpu);
 
 }  // namespace tq::cuda

@@ -33,23 +33,11 @@ constexpr int kPanels = kTileRows / kPanelRows;
 constexpr int kGroups = 4;  // scales of a stage at most: groups of 32
 
 struct Stage {
-  uint4 weights[kPanels][2 * kWarp];               // [panel][half of 64 columns, lane]
-  uint4 tokens[kTileTokens][8];                    // 128 codes a token, 16-byte words swizzled
-  __half2 weight_scales[kPanels][kGroups][8];      // pairs of rows
+  uint4 weights[kPanels][2 * kWarp];           // [panel][half of 64 columns, lane]
+  uint4 tokens[kTileTokens][8];                // 128 codes a token, 16-byte words swizzled
+  __half2 weight_scales[kPanels][kGroups][8];  // pairs of rows
   float token_scales[kGroups][kTileTokens];
 };
-
-__device__ inline void copy_async(void* to, const void* from) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from));
-}
-__device__ inline void commit() {
-  asm volatile("cp.async.commit_group;");
-}
-template <int kPending>
-__device__ inline void wait_for() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
-}
 
 // One side of the product: matrix and tokens, both over the same columns.
 struct Operands {
@@ -64,9 +52,9 @@ struct Operands {
     const int64_t col = int64_t{index} * kBlockCols;
     for (int i = thread; i < kPanels * 2 * kWarp; i += kThreads) {
       const int panel = i / (2 * kWarp), word = i % (2 * kWarp);
-      copy_async(&stage.weights[panel][word],
-                 w.codes + ((first_panel + panel) * (w.padded_cols / 64) + 2 * index) * kWarp +
-                     word);
+      copy_async(
+          &stage.weights[panel][word],
+          w.codes + ((first_panel + panel) * (w.padded_cols / 64) + 2 * index) * kWarp + word);
     }
     for (int i = thread; i < kTileTokens * 8; i += kThreads) {
       const int token = i / 8, word = i % 8;
@@ -92,7 +80,9 @@ struct Operands {
       }
     }
   }
-  __device__ static int scales_of(int group) { return group >= kBlockCols ? 1 : kBlockCols / group; }
+  __device__ static int scales_of(int group) {
+    return group >= kBlockCols ? 1 : kBlockCols / group;
+  }
 };
 
 // acc += scale * dot for a tile of 16 rows x 8 tokens; the dots begin anew.
@@ -112,7 +102,8 @@ __device__ inline void multiply(const Stage& stage, int w_group, int x_group, in
   constexpr int kSteps = kBlockCols / 32, kScales = kBlockCols / kInner;
   const int lane = threadIdx.x % kWarp;
   // Groups of the two sides differ: index of the scale that covers promotion i.
-  const int w_step = w_group >= kBlockCols ? 0 : w_group, x_step = x_group >= kBlockCols ? 0 : x_group;
+  const int w_step = w_group >= kBlockCols ? 0 : w_group,
+            x_step = x_group >= kBlockCols ? 0 : x_group;
   uint32_t a[2][kSteps][4];
   float2 w_scales[2][kScales];
 #pragma unroll

@@ -24,7 +24,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kUnroll = 4;
 
-
 // Adds dot * scale to the f32 sums of a tile and clears the dots. Dots hold 16 * the true value.
 __device__ inline void promote(IntTile& dots, float2 w, float2 x, float* sums) {
   const float values[4] = {w.x * x.x, w.x * x.y, w.y * x.x, w.y * x.y};
@@ -38,11 +37,11 @@ __device__ inline void promote(IntTile& dots, float2 w, float2 x, float* sums) {
 // Where the warp stands: one matrix, one panel, one lane.
 template <int kTiles>
 struct Stream {
-  const uint4* codes;      // + block * 32
-  const __half2* scales;   // + group * 8
-  const int8_t* x;         // of the lane's token, + block * 64
-  const float* x_scales;   // of the lane's two tokens, + group * stride
-  int64_t x_tile;          // from a tile of 8 tokens to the next
+  const uint4* codes;     // + block * 32
+  const __half2* scales;  // + group * 8
+  const int8_t* x;        // of the lane's token, + block * 64
+  const float* x_scales;  // of the lane's two tokens, + group * stride
+  int64_t x_tile;         // from a tile of 8 tokens to the next
   int64_t stride;
   int w_group, x_group;
 

@@ -60,12 +60,12 @@ void Queue::record_tokens(const Op& op, std::span<const int32_t> tokens) {
 
 void Queue::flush() {
   if (ops_.empty()) return;
-  const int64_t max_keys = static_cast<int64_t>(
-      std::bit_ceil(std::max(static_cast<uint64_t>(n_keys_), kMinKeys)));
+  const int64_t max_keys =
+      static_cast<int64_t>(std::bit_ceil(std::max(static_cast<uint64_t>(n_keys_), kMinKeys)));
   try {
     send_input();
-    const bool small = std::all_of(ops_.begin(), ops_.end(),
-                                   [](const Op& op) { return op.rows <= kGraphRows; });
+    const bool small =
+        std::all_of(ops_.begin(), ops_.end(), [](const Op& op) { return op.rows <= kGraphRows; });
     if (small && ops_.size() >= kMinGraphOps) {
       run_graph(max_keys);
     } else {

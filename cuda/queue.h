@@ -55,11 +55,11 @@ class Queue {
   std::vector<Op> ops_;
   int64_t pos0_ = -1, n_keys_ = 0;
   std::vector<int32_t> tokens_;
-  DeviceMemory input_;          // StepInput with room for `capacity_` tokens
+  DeviceMemory input_;  // StepInput with room for `capacity_` tokens
   PinnedMemory pinned_input_;
   int64_t capacity_ = 0;
   cudaEvent_t input_sent_ = nullptr;
-  std::list<Graph> graphs_;     // most recently used first
+  std::list<Graph> graphs_;  // most recently used first
 };
 
 /// Member of everything that recorded operations may point to.

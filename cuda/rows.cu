@@ -229,16 +229,17 @@ void launch_rows(const RowsJob& job, const Gpu& gpu) {
   if (job.rows == 0) return;
   // One row is latency: as many threads as there are elements. Many rows fill the device anyway.
   const int64_t wanted = (job.cols + kWarp - 1) / kWarp * kWarp;
-  const int64_t threads = std::clamp<int64_t>(wanted / (job.rows > 64 ? 4 : 1), kWarp,
-                                              job.rows > 64 ? 512 : 1024) / kWarp * kWarp;
+  const int64_t threads =
+      std::clamp<int64_t>(wanted / (job.rows > 64 ? 4 : 1), kWarp, job.rows > 64 ? 512 : 1024) /
+      kWarp * kWarp;
   launch_kernel(gpu, "rows", rows_kernel, dim3(static_cast<unsigned>(job.rows)),
                 dim3(static_cast<unsigned>(threads)), shared, job);
 }
 
 void launch_repack(const CanonicalView& from, int64_t n_panels, int64_t padded_cols, uint4* codes,
                    __half2* scales, const Gpu& gpu) {
-  const int64_t items = std::max(n_panels * (padded_cols / 64) * kWarp,
-                                 n_panels * from.n_groups * 8);
+  const int64_t items =
+      std::max(n_panels * (padded_cols / 64) * kWarp, n_panels * from.n_groups * 8);
   repack_kernel<<<static_cast<unsigned>((items + 255) / 256), 256, 0, gpu.stream>>>(
       from, n_panels, padded_cols, codes, scales);
   cuda_check(cudaGetLastError(), "repack");

@@ -21,9 +21,7 @@ bool fits_fragments(const Matrix& matrix, int64_t x_group) {
   const int64_t padded = round_up(matrix.cols, kBlockCols);
   const int64_t w_group = matrix.group >= matrix.cols ? padded : matrix.group;
   const int64_t x = x_group >= matrix.cols ? padded : x_group;
-  const auto fits = [&](int64_t group) {
-    return group == 32 || group == 64 || group % 128 == 0;
-  };
+  const auto fits = [&](int64_t group) { return group == 32 || group == 64 || group % 128 == 0; };
   return fits(w_group) && fits(x) && std::max(w_group, x) % std::min(w_group, x) == 0;
 }
 
@@ -41,8 +39,7 @@ void check_groups(const Matrix& matrix, int64_t x_group) {
 
 }  // namespace
 
-CudaMatrix::CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader,
-                       const Gpu& gpu)
+CudaMatrix::CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader, const Gpu& gpu)
     : has_fragments_(fragments) {
   TQ_CHECK(matrix.rows > 0 && matrix.cols > 0);
   const int64_t n_bytes = static_cast<int64_t>(matrix.data_bytes());
@@ -52,9 +49,8 @@ CudaMatrix::CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader,
   scales_ = DeviceMemory(scale_bytes, "weights");
   uploader.copy(data_.as<void>(), matrix.data, n_bytes);
   if (scale_bytes > 0) uploader.copy(scales_.as<void>(), matrix.scales, scale_bytes);
-  canonical_ = {matrix.storage,     matrix.rows,          matrix.cols,
-                matrix.group,       matrix.n_groups(),    matrix.row_bytes(),
-                data_.as<uint8_t>(), scales_.as<__half>()};
+  canonical_ = {matrix.storage,    matrix.rows,        matrix.cols,         matrix.group,
+                matrix.n_groups(), matrix.row_bytes(), data_.as<uint8_t>(), scales_.as<__half>()};
   if (!fragments) return;
   const int64_t n_panels = (matrix.rows + kPanelRows - 1) / kPanelRows;
   const int64_t padded_panels = round_up(n_panels, 8);

@@ -66,7 +66,7 @@ class CudaTransform : public PreparedTransform {
 
   Transform::Kind kind = Transform::Kind::kNone;
   int64_t size = 0, block = 0, base_order = 1;
-  float scale = 1.0f;             // 1 / sqrt(block)
+  float scale = 1.0f;                  // 1 / sqrt(block)
   const int8_t* host_signs = nullptr;  // identity of the signs: linears of one site share them
   const int8_t* signs() const { return signs_.as<int8_t>(); }  // [size] or null
   const int8_t* base() const { return base_.as<int8_t>(); }    // [m, m] row-major

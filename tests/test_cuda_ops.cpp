@@ -101,8 +101,8 @@ TEST_F(Cuda, EmbeddingRowsEqualTheCpus) {
 
 TEST_F(Cuda, RmsNormIsTheCpusToOneUlp) {
   for (uint32_t seed : kSeeds) {
-    for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 8}, {3, 577}, {70, 4096},
-                                     {5, 14336}, {300, 48}}) {
+    for (const auto& [rows, cols] :
+         {std::pair<int64_t, int64_t>{1, 8}, {3, 577}, {70, 4096}, {5, 14336}, {300, 48}}) {
       SCOPED_TRACE(testing::Message() << "seed " << seed << " " << rows << " x " << cols);
       const std::vector<float> x = random_floats(rows * cols, seed);
       const std::vector<float> gain = random_floats(cols, seed + 1);
@@ -148,8 +148,15 @@ std::vector<LinearCase> linear_cases() {
       cases.push_back({"clip", Storage::kQ4, 50, 300, 64, {bits, 64, 0.9f, full_range}});
     }
   }
-  for (const auto& [w, x] : {std::pair<int64_t, int64_t>{32, 32}, {128, 32}, {128, 128}, {64, 128},
-                             {32, 64}, {128, 64}, {1000, 64}, {64, 1000}, {1000, 1000}}) {
+  for (const auto& [w, x] : {std::pair<int64_t, int64_t>{32, 32},
+                             {128, 32},
+                             {128, 128},
+                             {64, 128},
+                             {32, 64},
+                             {128, 64},
+                             {1000, 64},
+                             {64, 1000},
+                             {1000, 1000}}) {
     cases.push_back({"groups", Storage::kQ4, 272, 704, w, {4, x, 1.0f, true}});
   }
   cases.push_back({"one wide", Storage::kQ4, 1000, 2080, 128, {8, 128, 1.0f, false}});
@@ -162,11 +169,27 @@ std::vector<LinearCase> linear_cases() {
   cases.push_back(
       {"8-bit branch", Storage::kQ4, 80, 256, 64, {4, 64, 1.0f, true}, 32, 32, Storage::kQ8});
   for (int64_t block : {256, 576, 384, 1536, 2304}) {  // 2^8, 36 2^4, 12 2^5, 12 2^7, 36 2^6
-    cases.push_back({"Hadamard", Storage::kQ4, 40, block == 256 ? 512 : block, 64,
-                     {4, 64, 1.0f, true}, 0, 32, Storage::kQ4, block});
+    cases.push_back({"Hadamard",
+                     Storage::kQ4,
+                     40,
+                     block == 256 ? 512 : block,
+                     64,
+                     {4, 64, 1.0f, true},
+                     0,
+                     32,
+                     Storage::kQ4,
+                     block});
   }
-  cases.push_back({"Hadamard, f32", Storage::kF32, 40, 172, 64, {16, 64, 1.0f, false}, 0, 32,
-                   Storage::kQ4, 172});
+  cases.push_back({"Hadamard, f32",
+                   Storage::kF32,
+                   40,
+                   172,
+                   64,
+                   {16, 64, 1.0f, false},
+                   0,
+                   32,
+                   Storage::kQ4,
+                   172});
   return cases;
 }
 
@@ -300,8 +323,13 @@ TEST_F(Cuda, ElementwiseOperationsAgreeWithTheCpu) {
 }
 
 TEST_F(Cuda, TransformsEqualTheCpus) {
-  for (const auto& [size, block] : {std::pair<int64_t, int64_t>{2, 2}, {64, 64}, {576, 576},
-                                    {96, 32}, {1536, 1536}, {14336, 14336}, {344, 344}}) {
+  for (const auto& [size, block] : {std::pair<int64_t, int64_t>{2, 2},
+                                    {64, 64},
+                                    {576, 576},
+                                    {96, 32},
+                                    {1536, 1536},
+                                    {14336, 14336},
+                                    {344, 344}}) {
     for (bool inverse : {false, true}) {
       std::vector<int8_t> signs(static_cast<size_t>(size));
       for (size_t i = 0; i < signs.size(); ++i) signs[i] = i % 3 ? 1 : -1;
@@ -368,8 +396,8 @@ void compare_attention(Backend& cpu, Backend& gpu, const AttentionCase& c, uint3
   const Config config = attention_config(c.n_heads, c.n_kv_heads, c.head_dim);
   RopeTable rope;
   for (int64_t i = 0; i < c.head_dim / 2; ++i) {
-    rope.inv_freq.push_back(std::pow(10000.0f, -2.0f * static_cast<float>(i) /
-                                                   static_cast<float>(c.head_dim)));
+    rope.inv_freq.push_back(
+        std::pow(10000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(c.head_dim)));
   }
   const int64_t ctx = 400;
   std::vector<float> results[2];
@@ -411,16 +439,24 @@ void compare_attention(Backend& cpu, Backend& gpu, const AttentionCase& c, uint3
 
 TEST_F(Cuda, AttentionAgreesWithTheCpu) {
   for (int kv_bits : {32, 16, 8, 4}) {
-    for (const auto& [heads, kv_heads, head_dim] :
-         {std::tuple<int64_t, int64_t, int64_t>{4, 4, 8}, {6, 2, 24}, {3, 1, 64}, {8, 2, 128},
-          {10, 2, 48}, {16, 2, 80}, {4, 4, 256}, {9, 1, 16}, {3, 3, 10}, {2, 1, 64}}) {
+    for (const auto& [heads, kv_heads, head_dim] : {std::tuple<int64_t, int64_t, int64_t>{4, 4, 8},
+                                                    {6, 2, 24},
+                                                    {3, 1, 64},
+                                                    {8, 2, 128},
+                                                    {10, 2, 48},
+                                                    {16, 2, 80},
+                                                    {4, 4, 256},
+                                                    {9, 1, 16},
+                                                    {3, 3, 10},
+                                                    {2, 1, 64}}) {
       compare_attention(cpu(), gpu(), {heads, kv_heads, head_dim, kv_bits}, 5);
       if (HasFatalFailure()) return;
     }
   }
 }
 
-// Greedy logits of a whole model, token by token: steps repeat, so graphs are captured and replayed.
+// Greedy logits of a whole model, token by token: steps repeat, so graphs are captured and
+// replayed.
 TEST_F(Cuda, SessionsOfRepeatedStepsAgreeWithTheCpu) {
   for (TinyFamily family : {TinyFamily::kLlama, TinyFamily::kQwen3}) {
     for (int kv_bits : {32, 16, 8}) {
@@ -445,8 +481,8 @@ TEST_F(Cuda, SessionsOfRepeatedStepsAgreeWithTheCpu) {
         keep(session.feed(std::span(ids).subspan(20, 230)));  // past 256 keys soon
         for (size_t i = 250; i < 265; ++i) keep(session.feed(std::span(ids).subspan(i, 1)));
       }
-      // Logits through 3 layers of f32 sums, at most 256 terms each; in 8 bits and in 16 a value may
-      // round the other way, a step of 2^-8 and of 2^-11, which one head of 12 feels.
+      // Logits through 3 layers of f32 sums, at most 256 terms each; in 8 bits and in 16 a value
+      // may round the other way, a step of 2^-8 and of 2^-11, which one head of 12 feels.
       const double bound = kv_bits == 32 ? 1e-4 : kv_bits == 16 ? 2e-3 : 2e-2;
       ASSERT_EQ(results[1].size(), results[0].size());
       for (size_t i = 0; i < results[0].size(); ++i) {
