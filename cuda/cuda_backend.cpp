@@ -74,6 +74,8 @@ class CudaBackend : public Backend {
            std::to_string(facts.minor) + ")";
   }
 
+  int64_t step_rows() const override { return 2048; }
+
   BufferPtr alloc(int64_t n_floats) override {
     TQ_CHECK(n_floats >= 0);
     if (n_floats > std::numeric_limits<int64_t>::max() / 8) {
@@ -219,6 +221,7 @@ class CudaBackend : public Backend {
   void end_step() override {
     if (step_rows_ > kMatvecRows) queue_->flush();
   }
+  void synchronize() override { queue_->wait(); }
 
  private:
   void record_flat(OpKind kind, DeviceBuffer& x, const DeviceBuffer& y, int64_t count) {
@@ -257,6 +260,15 @@ class CudaBackend : public Backend {
 
 std::unique_ptr<Backend> make_cuda_backend(int index) {
   return std::make_unique<cuda::CudaBackend>(index);
+}
+
+double cuda_read_bandwidth(int index) {
+  cuda::Gpu gpu;
+  gpu.facts = cuda::open_device(index);
+  cuda::cuda_check(cudaStreamCreate(&gpu.stream), "creating a stream");
+  const double best = cuda::measure_read_bandwidth(gpu);
+  cudaStreamDestroy(gpu.stream);
+  return best;
 }
 
 bool cuda_usable(std::string& why, int index) {

@@ -17,4 +17,7 @@ std::unique_ptr<Backend> make_cuda_backend(int index = 0);
 /// Whether make_cuda_backend() can work; if not, why.
 bool cuda_usable(std::string& why, int index = 0);
 
+/// Bytes per second that a kernel reads of memory too large for any cache: the limit of decoding.
+double cuda_read_bandwidth(int index = 0);
+
 }  // namespace tq

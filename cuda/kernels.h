@@ -55,6 +55,9 @@ void launch_rows(const RowsJob& job, const Gpu& gpu);
 void launch_repack(const CanonicalView& from, int64_t n_panels, int64_t padded_cols, uint4* codes,
                    __half2* scales, const Gpu& gpu);
 
+/// Bytes per second that the device reads; takes some milliseconds and 1 GiB.
+double measure_read_bandwidth(const Gpu& gpu);
+
 void launch_embed(const CanonicalView& table, const StepInput* input, int64_t rows, float* x,
                   const Gpu& gpu);
 void launch_add(float* x, const float* y, int64_t count, const Gpu& gpu);

@@ -90,20 +90,31 @@ int64_t Runtime::default_ctx(int64_t wanted) const {
   return std::min(wanted, model.config.max_seq_len);
 }
 
-int64_t Runtime::checked_ctx(int64_t ctx) const {
+int64_t checked_ctx(const Model& model, int64_t ctx) {
   if (ctx > model.config.max_seq_len) {
-    throw Error(
-        ErrorKind::kUsage, "context too long", std::to_string(ctx) + " tokens",
-        "the model was trained for " + std::to_string(model.config.max_seq_len) + " positions");
+    throw Error(ErrorKind::kUsage, "context too long", std::to_string(ctx) + " tokens",
+                "the model was trained for " + std::to_string(model.config.max_seq_len) +
+                    " positions");
   }
   return ctx;
 }
 
-SessionOptions Runtime::session_options(int64_t ctx, int kv_bits) const {
+SessionOptions default_session(const Model& model, const Backend& backend) {
   SessionOptions options;
+  const bool quantized = model.quantization.value("method", "none") != "none";
+  options.kv_bits = quantized || model.kv_bits < 16 ? model.kv_bits : 32;
+  options.chunk = backend.step_rows();
+  return options;
+}
+
+int64_t Runtime::checked_ctx(int64_t ctx) const {
+  return tq::checked_ctx(model, ctx);
+}
+
+SessionOptions Runtime::session_options(int64_t ctx, int kv_bits) const {
+  SessionOptions options = default_session(model, *backend);
   options.ctx = ctx;
-  const int default_bits = quantized() || model.kv_bits < 16 ? model.kv_bits : 32;
-  options.kv_bits = kv_bits ? kv_bits : default_bits;
+  if (kv_bits) options.kv_bits = kv_bits;
   options.valid_vocab = tokenizer.size();
   return options;
 }
