@@ -21,6 +21,7 @@
 namespace tq::cuda {
 namespace {
 
+constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 constexpr int kKeys = 4;             // of a slot a step
 constexpr int64_t kMinStretch = 64;  // keys of a block: less is not worth a merge
@@ -88,8 +89,8 @@ struct Part {
   __device__ void merge(const Part& other) {
     const float top = fmaxf(max, other.max);
     // Both empty: -inf - -inf would be NaN.
-    const float keep = max == -INFINITY ? 0.0f : expf(max - top);
-    const float take = other.max == -INFINITY ? 0.0f : expf(other.max - top);
+    const float keep = max == -INFINITY ? 0.0f : exp2f(max - top);
+    const float take = other.max == -INFINITY ? 0.0f : exp2f(other.max - top);
     max = top;
     sum = fmaf(other.sum, take, sum * keep);
     for (int i = 0; i < 8; ++i) out[i] = fmaf(other.out[i], take, out[i] * keep);
@@ -117,6 +118,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first_head = kv_head * group_size + first_query;
   const float* q_row = job.q + (row * job.n_heads + first_head) * cache.head_dim;
 
+  const float factor = job.scale * kLog2E;  // exp(x) = 2^(x log2 e)
   float q[kQueries][8];
   Part parts[kQueries];
   for (int i = 0; i < kQueries; ++i) {
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t at = chunk * 8 + j;
       parts[i].out[j] = 0;
       q[i][j] =
-          i < n_queries && at < cache.head_dim ? q_row[i * cache.head_dim + at] * job.scale : 0.0f;
+          i < n_queries && at < cache.head_dim ? q_row[i * cache.head_dim + at] * factor : 0.0f;
     }
   }
   const int64_t base = kv_head * cache.ctx;
@@ -165,14 +167,14 @@ __global__ void __launch_bounds__(kThreads)
         top = scores[step][i] > top || isnan(scores[step][i]) ? scores[step][i] : top;
       }
       if (top == -INFINITY) continue;
-      const float keep = expf(parts[i].max - top);
+      const float keep = exp2f(parts[i].max - top);
       parts[i].max = top;
       parts[i].sum *= keep;
 #pragma unroll
       for (int j = 0; j < 8; ++j) parts[i].out[j] *= keep;
 #pragma unroll
       for (int step = 0; step < kKeys; ++step) {
-        const float weight = expf(scores[step][i] - top);
+        const float weight = exp2f(scores[step][i] - top);
         parts[i].sum += weight;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -218,25 +220,39 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+constexpr int kMaxSplits = 256;
+
 // A block a head of a row; a thread a coordinate.
 __global__ void combine_kernel(const __grid_constant__ AttentionJob job) {
   begin_kernel();
+  __shared__ float weights[kMaxSplits];  // of the stretches
+  __shared__ float total;
+  const int n = static_cast<int>(job.n_splits);
   const int64_t head_dim = job.cache.head_dim, stride = head_dim + 2;
-  const float* parts = job.partials + blockIdx.x * job.n_splits * stride;
-  float max = -INFINITY;
-  for (int64_t i = 0; i < job.n_splits; ++i) {
-    const float other = parts[i * stride];
-    max = other > max || isnan(other) ? other : max;
-  }
-  for (int64_t at = threadIdx.x; at < head_dim; at += blockDim.x) {
-    float sum = 0, out = 0;
-    for (int64_t i = 0; i < job.n_splits; ++i) {
-      if (parts[i * stride] == -INFINITY) continue;  // an empty stretch
-      const float take = expf(parts[i * stride] - max);
-      sum = fmaf(parts[i * stride + 1], take, sum);
-      out = fmaf(parts[i * stride + 2 + at], take, out);
+  const float* parts = job.partials + blockIdx.x * n * stride;
+  if (threadIdx.x < kWarp) {
+    float max = -INFINITY, sum = 0;
+    for (int i = threadIdx.x; i < n; i += kWarp) {
+      weights[i] = parts[i * stride];
+      max = fmaxf(max, weights[i]);  // passes NaN by; the sum keeps it
     }
-    job.out[blockIdx.x * head_dim + at] = out / sum;
+    max = warp_max(max);
+    for (int i = threadIdx.x; i < n; i += kWarp) {
+      weights[i] = weights[i] == -INFINITY ? 0.0f : exp2f(weights[i] - max);
+      sum += weights[i] == 0.0f ? 0.0f : weights[i] * parts[i * stride + 1];
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) total = sum;
+  }
+  __syncthreads();
+  for (int64_t at = threadIdx.x; at < head_dim; at += blockDim.x) {
+    float out = 0;
+#pragma unroll 8
+    for (int i = 0; i < n; ++i) {  // an empty stretch left anything behind
+      const float part = parts[i * stride + 2 + at];
+      out = fmaf(weights[i] == 0.0f ? 0.0f : part, weights[i], out);
+    }
+    job.out[blockIdx.x * head_dim + at] = out / total;
   }
 }
 
@@ -260,7 +276,8 @@ void launch_bits(const AttentionJob& job, const Gpu& gpu) {
 
 int64_t attention_splits(int64_t rows, int64_t n_kv_heads, int64_t max_keys, const Gpu& gpu) {
   const int64_t wanted = 4 * gpu.facts.n_sms / std::max<int64_t>(1, rows * n_kv_heads);
-  return std::clamp<int64_t>(wanted, 1, (max_keys + kMinStretch - 1) / kMinStretch);
+  return std::clamp<int64_t>(
+      wanted, 1, std::min<int64_t>(kMaxSplits, (max_keys + kMinStretch - 1) / kMinStretch));
 }
 
 int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits) {

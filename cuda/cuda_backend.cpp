@@ -232,14 +232,14 @@ class CudaBackend : public Backend {
   }
 
   void prepare_angles(const RopeTable& table, int64_t n_positions) {
-    if (n_positions <= angles_.n_positions && table.inv_freq == angles_.table.inv_freq &&
-        table.attention_factor == angles_.table.attention_factor) {
-      return;
-    }
+    const bool known = table.inv_freq == angles_.table.inv_freq &&
+                       table.attention_factor == angles_.table.attention_factor;
+    if (known && n_positions <= angles_.n_positions) return;
     queue_->wait();
     queue_->forget();
     angles_.table = table;
-    angles_.n_positions = std::max({kFirstPositions, n_positions, 2 * angles_.n_positions});
+    angles_.n_positions =
+        std::max({kFirstPositions, n_positions, known ? 2 * angles_.n_positions : 0});
     const int64_t half = static_cast<int64_t>(table.inv_freq.size());
     angles_.memory = DeviceMemory(angles_.n_positions * half * 8, "rope angles");
     DeviceMemory frequencies(half * 4, "rope angles");

@@ -60,11 +60,12 @@ __device__ inline float canonical_at(const CanonicalView& w, int64_t row, int64_
 }
 
 /// Lets the next kernel of the stream be placed while this one runs, and waits for the one before:
-/// everything that an earlier kernel wrote may be read from here on.
+/// everything that an earlier kernel wrote may be read from here on. What no kernel writes
+/// (weights) may be read before.
 __device__ inline void begin_kernel() {
 #if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
 #endif
 }
 

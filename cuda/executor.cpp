@@ -38,6 +38,7 @@ void add_rounding(RowsJob& job, const ActQuant& act, Arena& arena) {
   to.padded_cols = (job.cols + kBlockCols - 1) / kBlockCols * kBlockCols;
   to.stride = (job.rows + kRowStep - 1) / kRowStep * kRowStep;
   to.group = static_cast<int32_t>(act.group >= job.cols ? to.padded_cols : act.group);
+  to.group_shift = group_shift(to.group, to.padded_cols);
   to.codes = arena.take<int8_t>(to.stride * to.padded_cols);
   to.scales = arena.take<float>((job.cols + to.group - 1) / to.group * to.stride);
 }

@@ -23,6 +23,7 @@ struct RoundedRows {
   int64_t padded_cols;  // multiple of kBlockCols; codes behind the last column are 0
   int64_t stride;       // rows up to a multiple of kRowStep
   int32_t group;        // columns a scale; at least padded_cols if there is one group
+  int32_t group_shift;  // of a power of two, or of one group (weights.h)
 };
 constexpr int64_t kRowStep = 128;
 

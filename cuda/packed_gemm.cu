@@ -13,11 +13,13 @@
 // Constants dots start at 1.5 * 2^23 as an integer: the int32 sum, read as a float, is then 1.5 *
 //           2^23 + dot, exactly; one FADD in place of a conversion, which runs at an eighth of its
 //           rate. 16 * dot of a stage is below 128 * 128 * 128 = 2^21
-// Requires  groups of 32, 64 or a multiple of 128 (weights.cpp, fits_fragments); rounded rows
+// Requires  groups of 2^n >= 32 columns or whole rows (weights.cpp, fits_fragments); rounded rows
 //           allocated to a multiple of 128
 // Error     dots exact; groups are added in the CPU's order, stages of groups over 128 columns one
 //           by one: gamma_n_groups sum_g |scale dot|; tests/test_cuda_ops.cpp
 // Source    the two components share input and output as in SVDQuant (Li et al. 2024)
+#include <algorithm>
+
 #include "cuda/device.cuh"
 #include "cuda/mma.cuh"
 #include "model/error.h"
@@ -29,6 +31,7 @@ constexpr int kThreads = 256;
 constexpr int kStages = 3;
 constexpr int kTileRows = 128, kTileTokens = 128;
 constexpr int kWarpTokens = 64;
+constexpr int kTilesTogether = 4;
 constexpr int kPanels = kTileRows / kPanelRows;
 constexpr int kGroups = 4;  // scales of a stage at most: groups of 32
 
@@ -39,121 +42,123 @@ struct Stage {
   float token_scales[kGroups][kTileTokens];
 };
 
-// One side of the product: matrix and tokens, both over the same columns.
-struct Operands {
-  const FragmentView& w;
-  const RoundedRows& x;
-  int64_t first_panel, first_token;
+// One side of the product, as one thread copies it: matrix and tokens over the same columns.
+struct Source {
+  const uint4 *weights, *tokens;  // the thread's first word; + stage * step
+  int64_t weight_step;            // from half of the panels to the other
+  int64_t token_step;             // from a quarter of the tokens to the next
+  const __half2* weight_scales;   // + group * 8
+  const float* token_scales;      // + group * stride
+  int64_t stride;
+  int w_shift, x_shift, last_group;
 
-  __device__ int n_stages() const { return static_cast<int>(w.padded_cols / kBlockCols); }
+  __device__ Source(const FragmentView& w, const RoundedRows& x, int64_t first_panel,
+                    int64_t first_token) {
+    const int thread = threadIdx.x;
+    const int64_t words = w.padded_cols / 64 * kWarp;  // of a panel
+    weights = w.codes + (first_panel + thread / 64) * words + thread % 64;
+    weight_step = 4 * words;
+    tokens = reinterpret_cast<const uint4*>(x.codes) +
+             (first_token + thread / 8) * (x.padded_cols / 16) + thread % 8;
+    token_step = 32 * (x.padded_cols / 16);
+    weight_scales =
+        w.scales + (first_panel + thread / 2 % kPanels) * w.n_groups * 8 + thread % 2 * 4;
+    token_scales = x.scales + first_token + thread % 32 * 4;
+    stride = x.stride;
+    w_shift = w.group_shift;
+    x_shift = x.group_shift;
+    last_group = static_cast<int>(w.cols - 1);
+  }
 
+  // Columns [128 index, 128 index + 128).
   __device__ void load(Stage& stage, int index) const {
     const int thread = threadIdx.x;
-    const int64_t col = int64_t{index} * kBlockCols;
-    for (int i = thread; i < kPanels * 2 * kWarp; i += kThreads) {
-      const int panel = i / (2 * kWarp), word = i % (2 * kWarp);
-      copy_async(
-          &stage.weights[panel][word],
-          w.codes + ((first_panel + panel) * (w.padded_cols / 64) + 2 * index) * kWarp + word);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      copy_async(&stage.weights[thread / 64 + 4 * i][thread % 64],
+                 weights + i * weight_step + index * 2 * kWarp);
     }
-    for (int i = thread; i < kTileTokens * 8; i += kThreads) {
-      const int token = i / 8, word = i % 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
       // Two tokens that a quarter of a warp reads together differ in the lowest bit.
-      copy_async(&stage.tokens[token][word ^ (token & 1) * 4],
-                 x.codes + (first_token + token) * x.padded_cols + col + word * 16);
+      const int token = thread / 8 + 32 * i;
+      copy_async(&stage.tokens[token][thread % 8 ^ (token & 1) * 4],
+                 tokens + i * token_step + index * 8);
     }
-    // Scales: those of the groups that the stage touches, at most one for 32 columns.
-    const int w_groups = scales_of(w.group), x_groups = scales_of(x.group);
-    const int n_w = w_groups * kPanels * 2, n_x = x_groups * (kTileTokens / 4);
-    for (int i = thread; i < n_w + n_x; i += kThreads) {
-      if (i < n_w) {
-        const int half = i % 2, panel = i / 2 % kPanels, group = i / 2 / kPanels;
-        const int64_t at = min(col / w.group + group, int64_t{w.n_groups} - 1);
-        copy_async(&stage.weight_scales[panel][group][half * 4],
-                   w.scales + ((first_panel + panel) * w.n_groups + at) * 8 + half * 4);
-      } else {
-        const int four = (i - n_w) % (kTileTokens / 4), group = (i - n_w) / (kTileTokens / 4);
-        const int64_t last = (w.cols - 1) / x.group;
-        const int64_t at = min(col / x.group + group, last);
-        copy_async(&stage.token_scales[group][four * 4],
-                   x.scales + at * x.stride + first_token + four * 4);
+    // Scales of the groups that the stage touches: up to four a side, 16 and 32 words each.
+    if (thread < 64) {
+      const int group = thread / 16, col = index * kBlockCols + (group << min(w_shift, 7));
+      if (group < kBlockCols >> min(w_shift, 7)) {
+        copy_async(&stage.weight_scales[thread / 2 % kPanels][group][thread % 2 * 4],
+                   weight_scales + (min(col, last_group) >> w_shift) * 8);
+      }
+    } else if (thread < 192) {
+      const int group = thread / 32 - 2, col = index * kBlockCols + (group << min(x_shift, 7));
+      if (group < kBlockCols >> min(x_shift, 7)) {
+        copy_async(&stage.token_scales[group][thread % 32 * 4],
+                   token_scales + (min(col, last_group) >> x_shift) * stride);
       }
     }
   }
-  __device__ static int scales_of(int group) {
-    return group >= kBlockCols ? 1 : kBlockCols / group;
-  }
 };
 
-// acc += scale * dot for a tile of 16 rows x 8 tokens; the dots begin anew.
-__device__ inline void promote(IntTile& dots, float2 w, float2 x, float* sums) {
-  const float by[4] = {w.x * x.x, w.x * x.y, w.y * x.x, w.y * x.y};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    sums[i] = fmaf(__int_as_float(dots.at[i]) - kRoundMagic, by[i], sums[i]);
-    dots.at[i] = kRoundMagicBits;
-  }
-}
-
-// All products of one stage. kInner: columns between two promotions: 32, 64 or 128.
+// All products of one stage. kInner: columns between two additions to the f32 sums: 32, 64, 128.
 template <int kInner>
-__device__ inline void multiply(const Stage& stage, int w_group, int x_group, int warp_row,
+__device__ inline void multiply(const Stage& stage, int w_shift, int x_shift, int warp_row,
                                 int warp_token, float (*sums)[kWarpTokens / 8][4]) {
   constexpr int kSteps = kBlockCols / 32, kScales = kBlockCols / kInner;
   const int lane = threadIdx.x % kWarp;
-  // Groups of the two sides differ: index of the scale that covers promotion i.
-  const int w_step = w_group >= kBlockCols ? 0 : w_group,
-            x_step = x_group >= kBlockCols ? 0 : x_group;
   uint32_t a[2][kSteps][4];
   float2 w_scales[2][kScales];
 #pragma unroll
   for (int panel = 0; panel < 2; ++panel) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 words = stage.weights[warp_row * 2 + panel][half * kWarp + lane];
-      uint32_t* first = a[panel][half * 2];
-      uint32_t* second = a[panel][half * 2 + 1];
-      first[0] = low_nibbles(words.x), first[1] = low_nibbles(words.y);
-      first[2] = high_nibbles(words.x), first[3] = high_nibbles(words.y);
-      second[0] = low_nibbles(words.z), second[1] = low_nibbles(words.w);
-      second[2] = high_nibbles(words.z), second[3] = high_nibbles(words.w);
+      expand_codes(stage.weights[warp_row * 2 + panel][half * kWarp + lane], a[panel] + half * 2);
     }
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
-      const int group = w_step ? i * kInner / w_step : 0;
+      const int group = i * kInner >> min(w_shift, 7);
       const float2 w = __half22float2(stage.weight_scales[warp_row * 2 + panel][group][lane / 4]);
-      w_scales[panel][i] = make_float2(w.x * 0.0625f, w.y * 0.0625f);  // dots hold 16 * dot
+      w_scales[panel][i] = make_float2(w.x * 0.0625f, w.y * 0.0625f);  // dots are 16 * dot
     }
   }
+  // A few tiles side by side: an mma waits some thirty clocks for the one before it in its chain.
 #pragma unroll
-  for (int tile = 0; tile < kWarpTokens / 8; ++tile) {
-    const int token = warp_token * kWarpTokens + tile * 8 + lane / 4;
-    const int swizzle = (token & 1) * 4;
-    const uint4 b_low = stage.tokens[token][lane % 4 ^ swizzle];
-    const uint4 b_high = stage.tokens[token][4 + lane % 4 ^ swizzle];
-    const uint32_t b[kSteps][2] = {
-        {b_low.x, b_low.y}, {b_low.z, b_low.w}, {b_high.x, b_high.y}, {b_high.z, b_high.w}};
-    IntTile dots[2];
+  for (int first = 0; first < kWarpTokens / 8; first += kTilesTogether) {
+    uint32_t b[kTilesTogether][kSteps][2];
+    IntTile dots[kTilesTogether][2];
 #pragma unroll
-    for (int panel = 0; panel < 2; ++panel) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) dots[panel].at[i] = kRoundMagicBits;
+    for (int i = 0; i < kTilesTogether; ++i) {
+      const int token = warp_token * kWarpTokens + (first + i) * 8 + lane / 4;
+      const int swizzle = (token & 1) * 4;
+      const uint4 low = stage.tokens[token][lane % 4 ^ swizzle];
+      const uint4 high = stage.tokens[token][(4 + lane % 4) ^ swizzle];
+      b[i][0][0] = low.x, b[i][0][1] = low.y, b[i][1][0] = low.z, b[i][1][1] = low.w;
+      b[i][2][0] = high.x, b[i][2][1] = high.y, b[i][3][0] = high.z, b[i][3][1] = high.w;
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      const bool begins = step * 32 % kInner == 0;
 #pragma unroll
-      for (int panel = 0; panel < 2; ++panel) {
-        const uint32_t* at = a[panel][step];
-        mma_s8(dots[panel], at[0], at[1], at[2], at[3], b[step][0], b[step][1]);
+      for (int i = 0; i < kTilesTogether; ++i) {
+#pragma unroll
+        for (int panel = 0; panel < 2; ++panel) {
+          mma_s8(dots[i][panel], a[panel][step], b[i][step][0], b[i][step][1],
+                 begins ? dots_start() : dots[i][panel]);
+        }
       }
       if ((step + 1) * 32 % kInner != 0) continue;
-      const int i = (step + 1) * 32 / kInner - 1;
-      const int group = x_step ? i * kInner / x_step : 0;
-      const float2 x = *reinterpret_cast<const float2*>(
-          &stage.token_scales[group][warp_token * kWarpTokens + tile * 8 + lane % 4 * 2]);
+      const int scale = step * 32 / kInner;
+      const float* by = stage.token_scales[scale * kInner >> min(x_shift, 7)] +
+                        warp_token * kWarpTokens + lane % 4 * 2;
 #pragma unroll
-      for (int panel = 0; panel < 2; ++panel) {
-        promote(dots[panel], w_scales[panel][i], x, sums[panel][tile]);
+      for (int i = 0; i < kTilesTogether; ++i) {
+        const float2 x = *reinterpret_cast<const float2*>(by + (first + i) * 8);
+#pragma unroll
+        for (int panel = 0; panel < 2; ++panel) {
+          add_scaled(dots[i][panel], w_scales[panel][scale], x, sums[panel][first + i]);
+        }
       }
     }
   }
@@ -171,10 +176,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   while (tile >= n_tiles(which)) tile -= n_tiles(which++);
   const PackedSegment& segment = job.segments[which];
   const int64_t first_token = blockIdx.x * int64_t{kTileTokens};
-  const Operands main = {segment.w, job.x, tile * kPanels, first_token};
-  const Operands low_rank = {segment.b, segment.h, tile * kPanels, first_token};
-  const int n_main = main.n_stages();
-  const int n_stages = n_main + (segment.b.n_panels > 0 ? low_rank.n_stages() : 0);
+  const Source main(segment.w, job.x, tile * kPanels, first_token);
+  const Source low_rank(segment.b, segment.h, tile * kPanels, first_token);
+  const int n_main = static_cast<int>(segment.w.padded_cols / kBlockCols);
+  const int n_stages = n_main + static_cast<int>(segment.b.padded_cols / kBlockCols);
   const auto load = [&](int index) {
     if (index < n_main) {
       main.load(stages[index % kStages], index);
@@ -194,11 +199,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     load(index + kStages - 1);
     const Stage& stage = stages[index % kStages];
     if (index < n_main) {
-      multiply<kInner>(stage, segment.w.group, job.x.group, warp_row, warp_token, sums);
-    } else if (min(segment.b.group, segment.h.group) >= 64) {
-      multiply<64>(stage, segment.b.group, segment.h.group, warp_row, warp_token, sums);
+      multiply<kInner>(stage, segment.w.group_shift, job.x.group_shift, warp_row, warp_token, sums);
     } else {
-      multiply<32>(stage, segment.b.group, segment.h.group, warp_row, warp_token, sums);
+      multiply<kInner>(stage, segment.b.group_shift, segment.h.group_shift, warp_row, warp_token,
+                       sums);
     }
   }
 #pragma unroll
@@ -224,17 +228,19 @@ void launch_packed_gemm(const PackedJob& job, const Gpu& gpu) {
   TQ_CHECK(job.n_segments > 0 && job.n_segments <= kMaxLinears);
   if (job.rows == 0) return;
   int64_t n_tiles = 0;
-  int inner = kBlockCols;
+  int shift = 7;  // of the smallest group
   for (int i = 0; i < job.n_segments; ++i) {
     n_tiles += (job.segments[i].w.rows + kTileRows - 1) / kTileRows;
-    inner = std::min({inner, job.segments[i].w.group, job.x.group});
+    shift = std::min({shift, job.segments[i].w.group_shift, job.x.group_shift});
+    if (job.segments[i].b.n_panels == 0) continue;
+    shift = std::min({shift, job.segments[i].b.group_shift, job.segments[i].h.group_shift});
   }
   const dim3 grid(static_cast<unsigned>((job.rows + kTileTokens - 1) / kTileTokens),
                   static_cast<unsigned>(n_tiles));
-  TQ_CHECK(n_tiles < 65536 && inner >= 32);
-  const auto kernel = inner >= 128  ? packed_gemm_kernel<128>
-                      : inner >= 64 ? packed_gemm_kernel<64>
-                                    : packed_gemm_kernel<32>;
+  TQ_CHECK(n_tiles < 65536 && shift >= 5);
+  const auto kernel = shift == 7   ? packed_gemm_kernel<128>
+                      : shift == 6 ? packed_gemm_kernel<64>
+                                   : packed_gemm_kernel<32>;
   launch_kernel(gpu, "packed gemm", kernel, grid, dim3(kThreads), kStages * sizeof(Stage), job);
 }
 

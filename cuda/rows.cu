@@ -13,6 +13,7 @@
 //           operations in the CPU's order: bit for bit but for exp (2 ulp). tests/test_cuda_ops.cpp
 // Source    docs/format.md, "Rounding of activations"; radix-8 butterflies as in any FFT
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/device.cuh"
 #include "model/error.h"
@@ -31,13 +32,38 @@ __device__ inline float silu(float x) {
 // Sum over the block of threads; every thread gets it.
 __device__ double block_sum(double value, double* scratch) {
   value = warp_sum(value);
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  const int lane = threadIdx.x % kWarp;
+  if (lane == 0) scratch[threadIdx.x / kWarp] = value;
   __syncthreads();
-  const int n_warps = blockDim.x / kWarp;
-  double sum = 0;
-  for (int i = 0; i < n_warps; ++i) sum += scratch[i];
-  return sum;
+  return warp_sum(lane < blockDim.x / kWarp ? scratch[lane] : 0.0);
 }
+
+// The numbers of one rounded group (model/weights.h, ActQuant).
+struct GroupScale {
+  float scale, inverse, low, high;
+  // largest: the greatest |x|; first: the first x of that magnitude, for the full range.
+  __device__ GroupScale(const RowsJob& job, float largest, float first) {
+    const float half = static_cast<float>(1 << (job.bits - 1));
+    high = half - 1;
+    if (job.full_range) {
+      const float a = first * job.clip;
+      scale = -a / half;
+      inverse = a < 0 || a > 0 ? half / -a : 0.0f;
+      low = -half;
+    } else {
+      const float amax = largest * job.clip;
+      scale = amax / (half - 1);
+      inverse = amax > 0 ? (half - 1) / amax : 0.0f;
+      low = 1 - half;
+    }
+  }
+  __device__ float code(float x) const {
+    const float scaled = x * inverse;
+    const float above = scaled > low ? scaled : low;  // also the answer for NaN
+    const float bounded = above < high ? above : high;
+    return (bounded + kRoundMagic) - kRoundMagic;
+  }
+};
 
 // kRadix = 2^n: n butterfly stages, strides half, 2 half, ..., on every part of `inner` elements.
 template <int kRadix>
@@ -101,7 +127,7 @@ __device__ void hadamard(const RowsJob& job, float* v, float* to) {
   __syncthreads();
 }
 
-// One group of one row by a warp. `at(i)` is the value of column i.
+// One group of any size by a warp. `at(i)` is the value of column i.
 template <typename At>
 __device__ void round_group(const RowsJob& job, int64_t row, int64_t group, const At& at) {
   const RoundedRows& to = job.rounded;
@@ -114,35 +140,104 @@ __device__ void round_group(const RowsJob& job, int64_t row, int64_t group, cons
     largest = max(largest, __float_as_uint(at(i)) & 0x7FFFFFFFu);
   }
   largest = __reduce_max_sync(kFullMask, largest);
-  const float half = static_cast<float>(1 << (job.bits - 1));
-  float scale, inverse, low, high = half - 1;
-  if (job.full_range) {
-    // The first element of that magnitude.
-    int64_t first = end;
-    for (int64_t i = begin + lane; i < end && first == end; i += kWarp) {
-      if ((__float_as_uint(at(i)) & 0x7FFFFFFFu) == largest) first = i;
-    }
-    first = __reduce_min_sync(kFullMask, static_cast<unsigned>(first));
-    const float a = at(first) * job.clip;
-    scale = -a / half;
-    inverse = a < 0 || a > 0 ? half / -a : 0.0f;
-    low = -half;
-  } else {
-    const float amax = __uint_as_float(largest) * job.clip;
-    scale = amax / (half - 1);
-    inverse = amax > 0 ? (half - 1) / amax : 0.0f;
-    low = 1 - half;
+  unsigned first = 0xFFFFFFFFu;
+  for (int64_t i = begin + lane; i < end; i += kWarp) {
+    if ((__float_as_uint(at(i)) & 0x7FFFFFFFu) != largest) continue;
+    first = static_cast<unsigned>(i);
+    break;
   }
-  if (lane == 0) to.scales[group * to.stride + row] = scale;
+  first = __reduce_min_sync(kFullMask, first);
+  const GroupScale by(job, __uint_as_float(largest), at(first));
+  if (lane == 0) to.scales[group * to.stride + row] = by.scale;
   int8_t* codes = to.codes + row * to.padded_cols;
   for (int64_t i = begin + lane; i < end; i += kWarp) {
-    const float scaled = at(i) * inverse;
-    const float above = scaled > low ? scaled : low;  // also the answer for NaN
-    const float bounded = above < high ? above : high;
-    const float code = (bounded + kRoundMagic) - kRoundMagic;
+    const float code = by.code(at(i));
     codes[code_position(i)] = static_cast<int8_t>(static_cast<int>(code));
-    if (job.expanded) job.expanded[row * job.cols + i] = scale * code;
+    if (job.expanded) job.expanded[row * job.cols + i] = by.scale * code;
   }
+}
+
+// Groups of 32, 64 or 128 columns, whole ones: four columns a lane, 128 columns a warp.
+template <typename At>
+__device__ void round_stretch(const RowsJob& job, int64_t row, int64_t stretch, const At& at) {
+  const RoundedRows& to = job.rounded;
+  const int lane = threadIdx.x % kWarp;
+  const int lanes = to.group / 4;  // of a group
+  const int64_t col = stretch * 128 + lane * 4;
+  const bool inside = col < job.cols;
+  float x[4];
+  uint32_t magnitudes[4], largest = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[i] = inside ? at(col + i) : 0.0f;
+    magnitudes[i] = __float_as_uint(x[i]) & 0x7FFFFFFFu;
+    largest = max(largest, magnitudes[i]);
+  }
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    largest = max(largest, __shfl_xor_sync(kFullMask, largest, step));
+  }
+  // Of the columns of that magnitude the first; its sign rides in the lowest bit.
+  unsigned first = 0xFFFFFFFFu;
+#pragma unroll
+  for (int i = 3; i >= 0; --i) {
+    if (magnitudes[i] == largest) first = (lane * 4 + i) * 2 + (__float_as_uint(x[i]) >> 31);
+  }
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    first = min(first, __shfl_xor_sync(kFullMask, first, step));
+  }
+  const GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31));
+  if (!inside) return;
+  if (lane % lanes == 0) to.scales[col / to.group * to.stride + row] = by.scale;
+  char4 codes;
+  float* expanded = job.expanded ? job.expanded + row * job.cols + col : nullptr;
+  signed char* parts = reinterpret_cast<signed char*>(&codes);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float code = by.code(x[i]);
+    parts[i] = static_cast<signed char>(static_cast<int>(code));
+    if (expanded) expanded[i] = by.scale * code;
+  }
+  *reinterpret_cast<char4*>(to.codes + row * to.padded_cols + code_position(col)) = codes;
+}
+
+template <typename At>
+__device__ void round_row(const RowsJob& job, int64_t row, const At& at) {
+  const int group = job.rounded.group;
+  const int64_t warp = threadIdx.x / kWarp, n_warps = blockDim.x / kWarp;
+  if ((group == 32 || group == 64 || group == 128) && job.cols % 4 == 0) {
+    for (int64_t i = warp; i * 128 < job.cols; i += n_warps) round_stretch(job, row, i, at);
+  } else {
+    const int64_t n_groups = (job.cols + group - 1) / group;
+    for (int64_t i = warp; i < n_groups; i += n_warps) round_group(job, row, i, at);
+  }
+  for (int64_t i = job.cols + threadIdx.x; i < job.rounded.padded_cols; i += blockDim.x) {
+    job.rounded.codes[row * job.rounded.padded_cols + code_position(i)] = 0;
+  }
+}
+
+// Elements [i, i + kCount) of the row on their way into shared memory; the sum of their squares.
+template <int kCount>
+__device__ double load_elements(const RowsJob& job, int64_t at, int64_t i, float* v) {
+  using Vector = std::conditional_t<kCount == 4, float4, float>;
+  const auto get = [&](const float* from) { return *reinterpret_cast<const Vector*>(from + at); };
+  Vector vector = get(job.x);
+  float* x = reinterpret_cast<float*>(&vector);
+  if (job.term) {
+    const Vector terms = get(job.term);
+    for (int j = 0; j < kCount; ++j) x[j] += reinterpret_cast<const float*>(&terms)[j];
+  }
+  if (job.up) {
+    const Vector factors = get(job.up);
+    for (int j = 0; j < kCount; ++j)
+      x[j] = silu(x[j]) * reinterpret_cast<const float*>(&factors)[j];
+  }
+  if (job.sum) *reinterpret_cast<Vector*>(job.sum + at) = vector;
+  double squares = 0;
+  for (int j = 0; j < kCount; ++j) {
+    squares += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+    v[padded_index(i + j)] = x[j];
+  }
+  return squares;
 }
 
 __global__ void rows_kernel(const __grid_constant__ RowsJob job) {
@@ -151,13 +246,14 @@ __global__ void rows_kernel(const __grid_constant__ RowsJob job) {
   __shared__ double sums[kWarp];
   const int64_t row = blockIdx.x, first = row * job.cols;
   double squares = 0;
-  for (int64_t i = threadIdx.x; i < job.cols; i += blockDim.x) {
-    float x = job.x[first + i];
-    if (job.term) x += job.term[first + i];
-    if (job.up) x = silu(x) * job.up[first + i];
-    if (job.sum) job.sum[first + i] = x;
-    squares += static_cast<double>(x) * static_cast<double>(x);
-    v[padded_index(i)] = x;
+  if (job.cols % 4 == 0) {
+    for (int64_t i = threadIdx.x * 4; i < job.cols; i += blockDim.x * 4) {
+      squares += load_elements<4>(job, first + i, i, v);
+    }
+  } else {
+    for (int64_t i = threadIdx.x; i < job.cols; i += blockDim.x) {
+      squares += load_elements<1>(job, first + i, i, v);
+    }
   }
   if (job.gain) {
     const double mean = block_sum(squares, sums) / static_cast<double>(job.cols);
@@ -171,16 +267,10 @@ __global__ void rows_kernel(const __grid_constant__ RowsJob job) {
   __syncthreads();
   if (job.block > 0) hadamard(job, v, job.transformed + first);
   if (job.bits >= 16) return;
-  const int64_t n_groups = (job.cols + job.rounded.group - 1) / job.rounded.group;
-  for (int64_t group = threadIdx.x / kWarp; group < n_groups; group += blockDim.x / kWarp) {
-    if (job.block > 0) {
-      round_group(job, row, group, [&](int64_t i) { return job.transformed[first + i]; });
-    } else {
-      round_group(job, row, group, [&](int64_t i) { return v[padded_index(i)]; });
-    }
-  }
-  for (int64_t i = job.cols + threadIdx.x; i < job.rounded.padded_cols; i += blockDim.x) {
-    job.rounded.codes[row * job.rounded.padded_cols + code_position(i)] = 0;
+  if (job.block > 0) {
+    round_row(job, row, [&](int64_t i) { return job.transformed[first + i]; });
+  } else {
+    round_row(job, row, [&](int64_t i) { return v[padded_index(i)]; });
   }
 }
 
@@ -227,11 +317,9 @@ void launch_rows(const RowsJob& job, const Gpu& gpu) {
   }
   TQ_CHECK(job.block == 0 || job.transformed, "a transformed row needs a place");
   if (job.rows == 0) return;
-  // One row is latency: as many threads as there are elements. Many rows fill the device anyway.
-  const int64_t wanted = (job.cols + kWarp - 1) / kWarp * kWarp;
-  const int64_t threads =
-      std::clamp<int64_t>(wanted / (job.rows > 64 ? 4 : 1), kWarp, job.rows > 64 ? 512 : 1024) /
-      kWarp * kWarp;
+  // One row is latency: a thread for four elements. Many rows fill the device anyway.
+  const int64_t wanted = (job.cols + 127) / 128 * kWarp;
+  const int64_t threads = std::clamp<int64_t>(wanted, kWarp, job.rows > 64 ? 256 : 1024);
   launch_kernel(gpu, "rows", rows_kernel, dim3(static_cast<unsigned>(job.rows)),
                 dim3(static_cast<unsigned>(threads)), shared, job);
 }

@@ -1,6 +1,7 @@
 // weights - see weights.h.
 #include "cuda/weights.h"
 
+#include <bit>
 #include <cmath>
 
 #include "cuda/kernels.h"
@@ -15,7 +16,7 @@ int64_t round_up(int64_t value, int64_t step) {
 }
 
 // Whether the tensor-core kernels can take this matrix for inputs rounded in groups of x_group:
-// 4 bits, and scales that change at multiples of 32 columns, one group dividing the other.
+// 4 bits, and groups that are powers of two from 32 on, or whole rows.
 bool fits_fragments(const Matrix& matrix, int64_t x_group) {
   if (matrix.storage != Storage::kQ4) return false;
   const int64_t padded = round_up(matrix.cols, kBlockCols);
@@ -39,6 +40,10 @@ void check_groups(const Matrix& matrix, int64_t x_group) {
 
 }  // namespace
 
+int32_t group_shift(int64_t group, int64_t padded_cols) {
+  return group >= padded_cols ? 31 : std::countr_zero(static_cast<uint32_t>(group));
+}
+
 CudaMatrix::CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader, const Gpu& gpu)
     : has_fragments_(fragments) {
   TQ_CHECK(matrix.rows > 0 && matrix.cols > 0);
@@ -61,7 +66,7 @@ CudaMatrix::CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader,
                 matrix.cols,
                 padded_cols,
                 n_panels,
-                static_cast<int32_t>(matrix.group >= matrix.cols ? padded_cols : matrix.group),
+                group_shift(matrix.group >= matrix.cols ? padded_cols : matrix.group, padded_cols),
                 static_cast<int32_t>(matrix.n_groups()),
                 codes.as<uint4>(),
                 scales.as<__half2>()};

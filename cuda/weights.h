@@ -34,13 +34,17 @@ struct CanonicalView {
   const __half* scales;  // packed
 };
 
+/// log2 of a group that is a power of two; for a group that spans a row of padded_cols columns, a
+/// shift that makes every column's group 0.
+int32_t group_shift(int64_t group, int64_t padded_cols);
+
 /// A matrix of 4-bit codes in fragment order.
 struct FragmentView {
   int64_t rows, cols, padded_cols;
-  int64_t n_panels;  // of 16 rows; memory holds a multiple of 8
-  int32_t group, n_groups;
-  const uint4* codes;     // [panel, padded_cols / 64, 32 lanes]
-  const __half2* scales;  // [panel, group, 8]
+  int64_t n_panels;               // of 16 rows; memory holds a multiple of 8
+  int32_t group_shift, n_groups;  // column >> group_shift is its group
+  const uint4* codes;             // [panel, padded_cols / 64, 32 lanes]
+  const __half2* scales;          // [panel, group, 8]
 };
 
 class CudaMatrix {

@@ -92,7 +92,7 @@ struct Weights {
     view.padded_cols = (cols + kBlockCols - 1) / kBlockCols * kBlockCols;
     view.n_panels = (rows + kPanelRows - 1) / kPanelRows;
     const int64_t panels = (view.n_panels + 7) / 8 * 8;
-    view.group = static_cast<int32_t>(std::min(group, view.padded_cols));
+    view.group_shift = group_shift(group, view.padded_cols);
     view.n_groups = static_cast<int32_t>((cols + group - 1) / group);
     const int64_t bytes = panels * kPanelRows * view.padded_cols / 2;
     codes = DeviceMemory(bytes, "bench");
@@ -120,6 +120,7 @@ struct Rows {
     to.padded_cols = (cols + kBlockCols - 1) / kBlockCols * kBlockCols;
     to.stride = (rows + kRowStep - 1) / kRowStep * kRowStep;
     to.group = static_cast<int32_t>(std::min(group, to.padded_cols));
+    to.group_shift = group_shift(to.group, to.padded_cols);
     codes = DeviceMemory(to.stride * to.padded_cols, "bench");
     scales = DeviceMemory((cols + group - 1) / group * to.stride * 4, "bench");
     to.codes = codes.as<int8_t>();
@@ -201,8 +202,10 @@ void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
   cache.head_dim = head_dim;
   cache.vector_bytes = head_dim * bits / 8;
   const int64_t vectors = n_kv_heads * ctx;
-  const int copies = rows > 16 ? 1 : static_cast<int>(std::clamp<int64_t>(
-                         3 * bench.gpu.facts.l2_bytes / (2 * vectors * cache.vector_bytes), 2, 30));
+  const int copies =
+      rows > 16 ? 1
+                : static_cast<int>(std::clamp<int64_t>(
+                      3 * bench.gpu.facts.l2_bytes / (2 * vectors * cache.vector_bytes), 2, 30));
   std::vector<DeviceMemory> keys, values, scales;
   for (int i = 0; i < copies; ++i) {  // f16 of small size, or codes
     const int64_t halves = vectors * cache.vector_bytes / 2;
@@ -222,8 +225,8 @@ void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
   job.scale = 0.0883883f;
   job.input = input.as<StepInput>();
   job.n_splits = attention_splits(rows, n_kv_heads, ctx, bench.gpu);
-  const DeviceMemory partials(
-      attention_partials(rows, n_heads, head_dim, job.n_splits) * 4 + 16, "bench");
+  const DeviceMemory partials(attention_partials(rows, n_heads, head_dim, job.n_splits) * 4 + 16,
+                              "bench");
   job.partials = partials.as<float>();
   const double us = bench.time(copies, [&](int i) {
     const size_t at = static_cast<size_t>(i);
@@ -240,16 +243,18 @@ void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
   const double n = static_cast<double>(rows);
   const double pairs = n * static_cast<double>(pos0) + n * (n + 1) / 2;
   const double ops = 4.0 * pairs * static_cast<double>(n_heads * head_dim);
-  const double bytes = static_cast<double>(2 * vectors * (cache.vector_bytes + (bits < 16 ? 4 : 0)));
-  std::printf("attention %5lld rows after %6lld, %2d bits: %9.2f us %7.1f TFLOP/s %7.2f TB/s %5.1f %%\n",
-              static_cast<long long>(rows), static_cast<long long>(pos0), bits, us,
-              ops / us * 1e-6, bytes / us * 1e-6, 100 * bytes / us * 1e6 / bench.bandwidth);
+  const double bytes =
+      static_cast<double>(2 * vectors * (cache.vector_bytes + (bits < 16 ? 4 : 0)));
+  std::printf(
+      "attention %5lld rows after %6lld, %2d bits: %9.2f us %7.1f TFLOP/s %7.2f TB/s %5.1f %%\n",
+      static_cast<long long>(rows), static_cast<long long>(pos0), bits, us, ops / us * 1e-6,
+      bytes / us * 1e-6, 100 * bytes / us * 1e6 / bench.bandwidth);
 }
 
 void run(const std::string& which) {
   Bench bench;
-  std::printf("%s, %d SMs, reads %.0f GB/s\n", bench.gpu.facts.name.c_str(),
-              bench.gpu.facts.n_sms, bench.bandwidth * 1e-9);
+  std::printf("%s, %d SMs, reads %.0f GB/s\n", bench.gpu.facts.name.c_str(), bench.gpu.facts.n_sms,
+              bench.bandwidth * 1e-9);
   const auto wanted = [&](const char* part) { return which.empty() || which == part; };
   for (const Shape& shape : kShapes) {
     if (wanted("matvec")) {

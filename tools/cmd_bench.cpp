@@ -103,9 +103,8 @@ void bench(const BenchOptions& options) {
   if (options.model.empty() == options.shape.empty()) {
     throw Error(ErrorKind::kUsage, "one model is needed", "tq bench", "give a file or --shape");
   }
-  const Model model = options.shape.empty()
-                          ? load_model(options.model)
-                          : random_model(options.shape, options.shape_options);
+  const Model model = options.shape.empty() ? load_model(options.model)
+                                            : random_model(options.shape, options.shape_options);
   const int64_t n_ids =
       options.shape.empty() ? open_tokenizer(model).size() : model.config.vocab_size;
   std::map<std::string, OpTime> op_times;
@@ -168,8 +167,8 @@ void bench(const BenchOptions& options) {
   std::snprintf(text, sizeof text,
                 "%s\nprefill %lld tokens: %.1f +- %.1f tok/s\ndecode %lld tokens: %.1f "
                 "+- %.1f tok/s, %.1f MB a token, %.0f %% of %.1f GB/s read bandwidth\n",
-                backend->name().c_str(), static_cast<long long>(options.prompt), p.mean,
-                p.sd, static_cast<long long>(options.decode), d.mean, d.sd,
+                backend->name().c_str(), static_cast<long long>(options.prompt), p.mean, p.sd,
+                static_cast<long long>(options.decode), d.mean, d.sd,
                 static_cast<double>(bytes) / 1e6, 100 * share, bandwidth / 1e9);
   std::string out = text;
   for (const auto& [op, time] : op_times) {
@@ -186,7 +185,8 @@ void add_bench_command(CLI::App& app) {
   auto options = std::make_shared<BenchOptions>();
   CLI::App* command = app.add_subcommand("bench", "speed of prefill and decode");
   command->add_option("model", options->model, ".tq file or Hugging Face folder");
-  command->add_option("--shape", options->shape, "random weights of a known shape instead of a file")
+  command
+      ->add_option("--shape", options->shape, "random weights of a known shape instead of a file")
       ->check(CLI::IsMember(shape_names()));
   ShapeOptions& shape = options->shape_options;
   command->add_option("--bits-w", shape.bits_w, "of a shape: bits of the linears, 4 or 16")

@@ -15,7 +15,8 @@ struct OpTime {
 };
 
 /// Wraps `inner` and waits for each operation: the sum is longer than a run without the wrapper,
-/// where a GPU overlaps and fuses. `times` receives the totals by operation name and must outlive the backend.
+/// where a GPU overlaps and fuses. `times` receives the totals by operation name and must outlive
+/// the backend.
 std::unique_ptr<Backend> make_profile_backend(std::unique_ptr<Backend> inner,
                                               std::map<std::string, OpTime>& times);
 

@@ -92,9 +92,9 @@ int64_t Runtime::default_ctx(int64_t wanted) const {
 
 int64_t checked_ctx(const Model& model, int64_t ctx) {
   if (ctx > model.config.max_seq_len) {
-    throw Error(ErrorKind::kUsage, "context too long", std::to_string(ctx) + " tokens",
-                "the model was trained for " + std::to_string(model.config.max_seq_len) +
-                    " positions");
+    throw Error(
+        ErrorKind::kUsage, "context too long", std::to_string(ctx) + " tokens",
+        "the model was trained for " + std::to_string(model.config.max_seq_len) + " positions");
   }
   return ctx;
 }

@@ -65,9 +65,8 @@ class Builder {
     const int64_t largest = std::max(head, widest * shape.dim);
     pool_ = std::make_shared<Pool>(static_cast<size_t>(largest));
     pool_->add_scales(static_cast<size_t>(largest / 32));
-    pool_->add_dense(static_cast<size_t>(options.bits_w == 16 || options.head_bits == 16
-                                             ? largest
-                                             : 1));
+    pool_->add_dense(
+        static_cast<size_t>(options.bits_w == 16 || options.head_bits == 16 ? largest : 1));
   }
   std::shared_ptr<Pool> pool() const { return pool_; }
 
@@ -142,8 +141,7 @@ Model random_model(const std::string& name, const ShapeOptions& options) {
     Layer layer;
     layer.attn_norm = layer.ffn_norm = model.final_norm;
     if (config.has_qk_norm()) {
-      layer.q_norm = layer.k_norm =
-          std::vector<float>(static_cast<size_t>(config.head_dim), 1.0f);
+      layer.q_norm = layer.k_norm = std::vector<float>(static_cast<size_t>(config.head_dim), 1.0f);
     }
     layer.wq = builder.linear(config.q_dim(), config.dim);
     layer.wk = builder.linear(config.kv_dim(), config.dim);
