@@ -6,7 +6,7 @@
 // Work      a block: one row, one key head (all queries that share it, up to 8), one stretch of
 //           keys. A lane owns 8 coordinates; ceil(head_dim / 8) lanes (up to a power of two) a key
 //           slot; each slot keeps an online softmax of its own over every n-th key. Slots and warps
-//           are merged through shared memory, stretches by a second kernel.
+//           are merged through shared memory, stretches by the block that ends last.
 // Memory    the cache of the row's positions once -> DRAM; 4 keys a slot in flight
 // Constants 4 keys a step: one rescaling of the sums for four keys, 8 loads in flight a lane
 // Requires  head_dim <= 256
@@ -23,65 +23,63 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
-constexpr int kKeys = 4;             // of a slot a step
-constexpr int64_t kMinStretch = 64;  // keys of a block: less is not worth a merge
+constexpr int kKeys = 4;  // of a slot a step
+constexpr int kMaxSplits = 128, kMaxQueries = 8;
+constexpr int64_t kMinStretch = 32;  // keys of a block: less is not worth a merge
 
-// Coordinates [8 chunk, 8 chunk + 8) of a cached vector; zeros behind head_dim.
+// Coordinates [8 chunk, 8 chunk + 8) of a cached vector as they are stored: asked for long before
+// they are needed, and as small as possible until then.
 template <int kBits>
-__device__ inline void load_chunk(const CacheView& cache, const uint8_t* vectors,
-                                  const __half2* scales, int64_t place, int chunk, float* out) {
-  const uint8_t* from = vectors + place * cache.vector_bytes;
-  const int64_t first = chunk * 8;
-  if (cache.head_dim % 8 != 0) {  // vectors begin anywhere
-    const float2 by = kBits < 16 ? __half22float2(scales[place]) : make_float2(0, 0);
-    for (int i = 0; i < 8; ++i) {
-      const int64_t at = first + i;
-      if (at >= cache.head_dim) {
-        out[i] = 0;
-      } else if constexpr (kBits == 32) {
-        out[i] = reinterpret_cast<const float*>(from)[at];
-      } else if constexpr (kBits == 16) {
-        out[i] = __half2float(reinterpret_cast<const __half*>(from)[at]);
-      } else {
-        const int code = kBits == 8 ? from[at] : at % 2 ? from[at / 2] >> 4 : from[at / 2] & 15;
-        out[i] = fmaf(static_cast<float>(code), by.x, by.y);
+struct Chunk {
+  static constexpr int kWords = kBits / 4;
+  uint32_t words[kWords];
+  __half2 by;  // scale and minimum
+
+  __device__ void load(const CacheView& cache, const uint8_t* vectors, const __half2* scales,
+                       int64_t at, int chunk) {
+    const uint8_t* from = vectors + at * cache.vector_bytes + chunk * kBits;
+    if constexpr (kBits < 16) by = scales[at];
+    if (cache.head_dim % 8 != 0 || chunk * 8 >= cache.head_dim) {  // odd vectors begin anywhere
+      const int64_t n_bytes = cache.vector_bytes - chunk * kBits;
+      for (int i = 0; i < kWords; ++i) {
+        words[i] = 0;
+        for (int j = 0; j < 4; ++j) {
+          if (4 * i + j < n_bytes) words[i] |= uint32_t{from[4 * i + j]} << 8 * j;
+        }
+      }
+    } else if constexpr (kBits == 4) {
+      words[0] = *reinterpret_cast<const uint32_t*>(from);
+    } else if constexpr (kBits == 8) {
+      *reinterpret_cast<uint2*>(words) = *reinterpret_cast<const uint2*>(from);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) {
+        *reinterpret_cast<uint4*>(words + i) = *reinterpret_cast<const uint4*>(from + 4 * i);
       }
     }
-    return;
   }
-  if (first >= cache.head_dim) {
-    for (int i = 0; i < 8; ++i) out[i] = 0;
-    return;
-  }
-  if constexpr (kBits == 32) {
-    const float4 a = reinterpret_cast<const float4*>(from)[2 * chunk];
-    const float4 b = reinterpret_cast<const float4*>(from)[2 * chunk + 1];
-    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
-    out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
-  } else if constexpr (kBits == 16) {
-    const uint4 words = reinterpret_cast<const uint4*>(from)[chunk];
-    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
-      out[2 * i] = pair.x;
-      out[2 * i + 1] = pair.y;
-    }
-  } else {
-    const float2 by = __half22float2(scales[place]);
-    uint32_t words[2];
-    if constexpr (kBits == 8) {
-      const uint2 both = reinterpret_cast<const uint2*>(from)[chunk];
-      words[0] = both.x;
-      words[1] = both.y;
+  __device__ void expand(float* out) const {
+    if constexpr (kBits == 32) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = __uint_as_float(words[i]);
+    } else if constexpr (kBits == 16) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+        out[2 * i] = pair.x;
+        out[2 * i + 1] = pair.y;
+      }
     } else {
-      words[0] = reinterpret_cast<const uint32_t*>(from)[chunk];
-    }
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t code = kBits == 8 ? words[i / 4] >> i % 4 * 8 & 255 : words[0] >> 4 * i & 15;
-      out[i] = fmaf(static_cast<float>(code), by.x, by.y);
+      const float2 scale = __half22float2(by);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t code =
+            kBits == 8 ? words[i * kBits / 32] >> i % 4 * 8 & 255 : words[0] >> 4 * i & 15;
+        out[i] = fmaf(small_float(code), scale.x, scale.y);
+      }
     }
   }
-}
+};
 
 // (max, sum, out) of one query and 8 coordinates, merged with another stretch's.
 struct Part {
@@ -96,6 +94,40 @@ struct Part {
     for (int i = 0; i < 8; ++i) out[i] = fmaf(other.out[i], take, out[i] * keep);
   }
 };
+
+// The stretches of `n_queries` queries, by the block that ended last.
+__device__ void merge_stretches(const AttentionJob& job, int64_t first, int n_queries) {
+  __shared__ float weights[kMaxQueries][kMaxSplits], totals[kMaxQueries];
+  const int n = static_cast<int>(job.n_splits);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t head_dim = job.cache.head_dim, stride = head_dim + 2;
+  for (int query = warp; query < n_queries; query += kWarps) {
+    const float* parts = job.partials + (first + query) * n * stride;
+    float max = -INFINITY, sum = 0;
+    for (int i = lane; i < n; i += kWarp) max = fmaxf(max, __ldcg(parts + i * stride));
+    max = warp_max(max);
+    for (int i = lane; i < n; i += kWarp) {
+      const float top = __ldcg(parts + i * stride);
+      const float weight = top == -INFINITY ? 0.0f : exp2f(top - max);
+      weights[query][i] = weight;
+      sum += weight == 0.0f ? 0.0f : weight * __ldcg(parts + i * stride + 1);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) totals[query] = sum;
+  }
+  __syncthreads();
+  for (int item = threadIdx.x; item < n_queries * head_dim; item += kThreads) {
+    const int query = static_cast<int>(item / head_dim);
+    const float* parts = job.partials + (first + query) * n * stride + 2 + item % head_dim;
+    float out = 0;
+#pragma unroll 8
+    for (int i = 0; i < n; ++i) {  // an empty stretch holds anything
+      const float part = __ldcg(parts + i * stride);
+      out = fmaf(weights[query][i] == 0.0f ? 0.0f : part, weights[query][i], out);
+    }
+    job.out[(first + query) * head_dim + item % head_dim] = out / totals[query];
+  }
+}
 
 template <int kBits, int kQueries>
 __global__ void __launch_bounds__(kThreads)
@@ -132,15 +164,22 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const int64_t base = kv_head * cache.ctx;
-  for (int64_t key = begin; key < end; key += n_slots * kKeys) {  // the same for all: shuffles
-    float scores[kKeys][kQueries], values[kKeys][8];
+  Chunk<kBits> keys[kKeys], values[kKeys];
+  const auto load = [&](int64_t first) {
 #pragma unroll
     for (int step = 0; step < kKeys; ++step) {
-      const int64_t at = key + step * n_slots + slot;
-      const int64_t place = base + min(at, end - 1);
+      const int64_t at = base + min(first + step * n_slots + slot, end - 1);
+      keys[step].load(cache, cache.keys, cache.key_scales, at, chunk);
+      values[step].load(cache, cache.values, cache.value_scales, at, chunk);
+    }
+  };
+  for (int64_t key = begin; key < end; key += n_slots * kKeys) {  // the same for all: shuffles
+    load(key);
+    float scores[kKeys][kQueries];
+#pragma unroll
+    for (int step = 0; step < kKeys; ++step) {
       float k[8];
-      load_chunk<kBits>(cache, cache.keys, cache.key_scales, place, chunk, k);
-      load_chunk<kBits>(cache, cache.values, cache.value_scales, place, chunk, values[step]);
+      keys[step].expand(k);
 #pragma unroll
       for (int i = 0; i < kQueries; ++i) {
         float score = 0;
@@ -164,21 +203,29 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int step = 0; step < kKeys; ++step) {
         if (key + step * n_slots + slot >= end) scores[step][i] = -INFINITY;
-        top = scores[step][i] > top || isnan(scores[step][i]) ? scores[step][i] : top;
+        top = fmaxf(top, scores[step][i]);  // passes NaN by; the weights keep it
       }
-      if (top == -INFINITY) continue;
-      const float keep = exp2f(parts[i].max - top);
+      const float above = top == -INFINITY ? 0.0f : top;  // nothing for this slot yet
+      const float keep = exp2f(parts[i].max - above);
       parts[i].max = top;
       parts[i].sum *= keep;
 #pragma unroll
       for (int j = 0; j < 8; ++j) parts[i].out[j] *= keep;
 #pragma unroll
       for (int step = 0; step < kKeys; ++step) {
-        const float weight = exp2f(scores[step][i] - top);
-        parts[i].sum += weight;
+        scores[step][i] = exp2f(scores[step][i] - above);
+        parts[i].sum += scores[step][i];
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < kKeys; ++step) {
+      float v[8];
+      values[step].expand(v);
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          parts[i].out[j] = fmaf(weight, values[step][j], parts[i].out[j]);
+          parts[i].out[j] = fmaf(scores[step][i], v[j], parts[i].out[j]);
         }
       }
     }
@@ -218,42 +265,20 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-}
-
-constexpr int kMaxSplits = 256;
-
-// A block a head of a row; a thread a coordinate.
-__global__ void combine_kernel(const __grid_constant__ AttentionJob job) {
-  begin_kernel();
-  __shared__ float weights[kMaxSplits];  // of the stretches
-  __shared__ float total;
-  const int n = static_cast<int>(job.n_splits);
-  const int64_t head_dim = job.cache.head_dim, stride = head_dim + 2;
-  const float* parts = job.partials + blockIdx.x * n * stride;
-  if (threadIdx.x < kWarp) {
-    float max = -INFINITY, sum = 0;
-    for (int i = threadIdx.x; i < n; i += kWarp) {
-      weights[i] = parts[i * stride];
-      max = fmaxf(max, weights[i]);  // passes NaN by; the sum keeps it
-    }
-    max = warp_max(max);
-    for (int i = threadIdx.x; i < n; i += kWarp) {
-      weights[i] = weights[i] == -INFINITY ? 0.0f : exp2f(weights[i] - max);
-      sum += weights[i] == 0.0f ? 0.0f : weights[i] * parts[i * stride + 1];
-    }
-    sum = warp_sum(sum);
-    if (threadIdx.x == 0) total = sum;
+  if (job.n_splits == 1) return;
+  // The block that ends last merges all stretches: no second kernel.
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int32_t* counter = job.counters + row * gridDim.x + blockIdx.x;
+    is_last = atomicAdd(counter, 1) == job.n_splits - 1;
+    if (is_last) *counter = 0;
   }
   __syncthreads();
-  for (int64_t at = threadIdx.x; at < head_dim; at += blockDim.x) {
-    float out = 0;
-#pragma unroll 8
-    for (int i = 0; i < n; ++i) {  // an empty stretch left anything behind
-      const float part = parts[i * stride + 2 + at];
-      out = fmaf(weights[i] == 0.0f ? 0.0f : part, weights[i], out);
-    }
-    job.out[blockIdx.x * head_dim + at] = out / total;
-  }
+  if (!is_last) return;
+  __threadfence();
+  merge_stretches(job, row * job.n_heads + first_head, n_queries);
 }
 
 template <int kBits>
@@ -275,6 +300,7 @@ void launch_bits(const AttentionJob& job, const Gpu& gpu) {
 }  // namespace
 
 int64_t attention_splits(int64_t rows, int64_t n_kv_heads, int64_t max_keys, const Gpu& gpu) {
+  if (rows > kMatvecRows) return 1;
   const int64_t wanted = 4 * gpu.facts.n_sms / std::max<int64_t>(1, rows * n_kv_heads);
   return std::clamp<int64_t>(
       wanted, 1, std::min<int64_t>(kMaxSplits, (max_keys + kMinStretch - 1) / kMinStretch));
@@ -285,8 +311,9 @@ int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int6
 }
 
 void launch_attention_decode(const AttentionJob& job, const Gpu& gpu) {
-  TQ_CHECK(job.cache.head_dim <= 256 && job.rows < 65536 && job.n_splits < 65536);
+  TQ_CHECK(job.cache.head_dim <= 256 && job.rows < 65536 && job.n_splits <= kMaxSplits);
   TQ_CHECK(job.n_heads % job.cache.n_kv_heads == 0);
+  TQ_CHECK(job.n_splits == 1 || job.rows * job.n_heads <= kAttentionCounters);
   if (job.rows == 0) return;
   switch (job.cache.bits) {
     case 32:
@@ -302,9 +329,6 @@ void launch_attention_decode(const AttentionJob& job, const Gpu& gpu) {
       launch_bits<4>(job, gpu);
       break;
   }
-  if (job.n_splits == 1) return;
-  launch_kernel(gpu, "attention merge", combine_kernel,
-                dim3(static_cast<unsigned>(job.rows * job.n_heads)), dim3(128), 0, job);
 }
 
 }  // namespace tq::cuda

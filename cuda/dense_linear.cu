@@ -3,7 +3,8 @@
 //
 // dense - y (+)= x W^T in f32
 // Shapes    W [out, in] in the file's layout, any storage; x [m, in], y [m, out] f32
-// Work      matvec (m <= 8): a warp two rows of W, lanes along the columns in words of 16 bytes.
+// Work      matvec (m <= 8): a warp two to four rows of W, lanes along the columns in words of 16
+// bytes.
 //           gemm: a block 64 x 64 outputs, 16 columns at a time through shared memory, a thread
 //           4 x 4 outputs
 // Memory    matvec: W once -> DRAM. gemm: f32 units (67 TFLOP/s on an H200), not tensor cores: an
@@ -55,13 +56,13 @@ __device__ inline void load_eight(const CanonicalView& w, int64_t row, int64_t c
     if constexpr (kStorage == Storage::kQ4) {
       const uint32_t word = *reinterpret_cast<const uint32_t*>(data + col / 2);
       for (int i = 0; i < 8; ++i) {
-        out[i] = scale * static_cast<float>(static_cast<int>(word >> 4 * i & 15) - 8);
+        out[i] = scale * (small_float(word >> 4 * i & 15) - 8.0f);
       }
     } else {
       const uint2 words = *reinterpret_cast<const uint2*>(data + col);
       for (int i = 0; i < 8; ++i) {
         const uint32_t word = i < 4 ? words.x : words.y;
-        out[i] = scale * static_cast<float>(static_cast<int8_t>(word >> i % 4 * 8 & 255));
+        out[i] = scale * (small_float((word ^ 0x80808080u) >> i % 4 * 8 & 255) - 128.0f);
       }
     }
   }
@@ -73,39 +74,53 @@ bool rows_aligned(const CanonicalView& w) {
   return w.cols % 8 == 0 && (!packed || w.group % 8 == 0 || w.group >= w.cols);
 }
 
+// Rows of W a warp: more loads under way, and x read once for all of them.
+template <int kTokens>
+constexpr int kRowsOfWarp = kTokens == 1 ? 4 : 2;
+
 template <Storage kStorage, int kTokens>
-__global__ void dense_matvec_kernel(const __grid_constant__ DenseJob job, bool aligned) {
+__global__ void __launch_bounds__(256, 2)
+    dense_matvec_kernel(const __grid_constant__ DenseJob job, bool aligned) {
   begin_kernel();
+  constexpr int kRows = kRowsOfWarp<kTokens>;
   const CanonicalView& w = job.w;
-  const int64_t row = (blockIdx.x * int64_t{blockDim.x / kWarp} + threadIdx.x / kWarp) * 2;
+  const int64_t row = (blockIdx.x * int64_t{blockDim.x / kWarp} + threadIdx.x / kWarp) * kRows;
   if (row >= w.rows) return;
-  const int64_t second = min(row + 1, w.rows - 1);
   const int lane = threadIdx.x % kWarp;
-  float sums[2][kTokens] = {};
+  float sums[kRows][kTokens] = {};
+#pragma unroll 2
   for (int64_t col = lane * 8; col < w.cols; col += kWarp * 8) {
-    float a[8], b[8];
-    load_eight<kStorage>(w, row, col, aligned, a);
-    load_eight<kStorage>(w, second, col, aligned, b);
+    float a[kRows][8];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      load_eight<kStorage>(w, min(row + i, w.rows - 1), col, aligned, a[i]);
+    }
 #pragma unroll
     for (int token = 0; token < kTokens; ++token) {
       if (token >= job.rows) break;
       const float* x = job.x + token * w.cols + col;
+      float values[8];
+      if (aligned) {
+        *reinterpret_cast<float4*>(values) = *reinterpret_cast<const float4*>(x);
+        *reinterpret_cast<float4*>(values + 4) = *reinterpret_cast<const float4*>(x + 4);
+      } else {
+        for (int i = 0; i < 8; ++i) values[i] = col + i < w.cols ? x[i] : 0.0f;
+      }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float value = col + i < w.cols ? x[i] : 0.0f;
-        sums[0][token] = fmaf(value, a[i], sums[0][token]);
-        sums[1][token] = fmaf(value, b[i], sums[1][token]);
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sums[i][token] = fmaf(values[j], a[i][j], sums[i][token]);
       }
     }
   }
 #pragma unroll
-  for (int which = 0; which < 2; ++which) {
-    if (row + which >= w.rows) break;
+  for (int i = 0; i < kRows; ++i) {
+    if (row + i >= w.rows) break;
 #pragma unroll
     for (int token = 0; token < kTokens; ++token) {
       if (token >= job.rows) break;
-      const float sum = warp_sum(sums[which][token]);
-      float& y = job.y[token * w.rows + row + which];
+      const float sum = warp_sum(sums[i][token]);
+      float& y = job.y[token * w.rows + row + i];
       if (lane == 0) y = job.accumulate ? y + sum : sum;
     }
   }
@@ -164,8 +179,8 @@ template <Storage kStorage>
 void launch_storage(const DenseJob& job, const Gpu& gpu) {
   const bool aligned = rows_aligned(job.w);
   if (job.rows <= kMatvecTokens) {
-    constexpr int kRows = 16;  // a block of 8 warps
-    const dim3 grid(static_cast<unsigned>((job.w.rows + kRows - 1) / kRows));
+    const int64_t rows = 8 * (job.rows == 1 ? kRowsOfWarp<1> : kRowsOfWarp<2>);  // of a block
+    const dim3 grid(static_cast<unsigned>((job.w.rows + rows - 1) / rows));
     const auto kernel = job.rows == 1   ? dense_matvec_kernel<kStorage, 1>
                         : job.rows <= 4 ? dense_matvec_kernel<kStorage, 4>
                                         : dense_matvec_kernel<kStorage, kMatvecTokens>;

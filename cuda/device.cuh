@@ -25,6 +25,11 @@ __host__ __device__ inline int64_t code_position(int64_t col) {
   return (col & ~int64_t{63}) | (word < 4 ? 2 * word : 2 * word - 7) << 3 | (col & 7);
 }
 
+/// A whole number below 2^23 as a float; a conversion instruction takes eight times as long.
+__device__ inline float small_float(uint32_t value) {
+  return __uint_as_float(value | 0x4B000000u) - 8388608.0f;
+}
+
 template <typename T>
 __device__ inline T warp_sum(T value) {
   for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullMask, value, step);
@@ -57,6 +62,15 @@ __device__ inline float canonical_at(const CanonicalView& w, int64_t row, int64_
              static_cast<float>(reinterpret_cast<const int8_t*>(data)[col]);
   }
   return 0;
+}
+
+/// One output of a packed linear.
+__device__ inline void store_output(const PackedSegment& segment, int64_t token, int64_t row,
+                                    float value) {
+  const int64_t at = token * segment.w.rows + row;
+  if (segment.accumulate) value += segment.y[at];
+  segment.y[at] = value;
+  if (segment.stream) segment.stream[at] += value;
 }
 
 /// Lets the next kernel of the stream be placed while this one runs, and waits for the one before:

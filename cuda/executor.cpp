@@ -46,8 +46,9 @@ void add_rounding(RowsJob& job, const ActQuant& act, Arena& arena) {
 // The linears of one operation, from their input on. Built once to count memory, once for real.
 class LinearsPlan {
  public:
-  LinearsPlan(const Op& op, const RowsJob& before, const Gpu& gpu, Arena& arena)
-      : op_(op), gpu_(gpu), arena_(arena), before_(before) {}
+  /// stream: what the one output is added to, or null.
+  LinearsPlan(const Op& op, const RowsJob& before, float* stream, const Gpu& gpu, Arena& arena)
+      : op_(op), gpu_(gpu), arena_(arena), before_(before), stream_(stream) {}
 
   void run() {
     const CudaTransform& transform = op_.linears[0]->transform;
@@ -76,6 +77,9 @@ class LinearsPlan {
     if (pending && launching()) launch_rows(first, gpu_);
     for (const Rounding& rounding : roundings_) run_packed(rounding);
     for (int i = 0; i < op_.n_linears; ++i) run_general(i);
+    if (stream_ && !all_fragments(*op_.linears[0]) && launching()) {
+      launch_add(stream_, op_.outs[0], op_.rows * op_.linears[0]->out_dim(), gpu_);
+    }
   }
 
  private:
@@ -119,6 +123,7 @@ class LinearsPlan {
       PackedSegment& segment = main.segments[main.n_segments++];
       segment.w = linear.weight->fragments();
       segment.y = op_.outs[i];
+      segment.stream = stream_;
       if (!linear.branch_a) continue;
       float* h = arena_.take<float>(op_.rows * linear.rank());
       PackedSegment& factor = down.segments[down.n_segments++];
@@ -184,6 +189,7 @@ class LinearsPlan {
   const Gpu& gpu_;
   Arena& arena_;
   const RowsJob& before_;
+  float* stream_;
   const float* input_ = nullptr;  // f32, transformed if there is a transform
   std::vector<Rounding> roundings_;
 };
@@ -204,6 +210,7 @@ bool Executor::reserve(std::span<const Op> ops, int64_t max_keys) {
 void Executor::launch(std::span<const Op> ops, const StepInput* input, int64_t max_keys) {
   input_ = input;
   max_keys_ = max_keys;
+  if (counters_.size() == 0) counters_ = DeviceMemory(kAttentionCounters * 4, "working memory");
   // Something to point at, also where nothing is needed: null means counting.
   if (memory_.size() == 0) memory_ = DeviceMemory(256, "working memory");
   for (size_t i = 0; i < ops.size();) i += run(ops.subspan(i), Arena(memory_.as<uint8_t>()));
@@ -274,8 +281,15 @@ size_t Executor::run_rows(std::span<const Op> ops, Arena& arena) {
   const float* ready = job.normed ? job.normed : job.sum ? job.sum : job.x;
   if (i < ops.size() && ops[i].kind == OpKind::kLinears && ops[i].x == ready &&
       ops[i].rows == job.rows && ops[i].cols == job.cols) {
-    LinearsPlan(ops[i], job, gpu_, arena).run();
-    return i + 1;
+    float* stream = nullptr;
+    size_t done = i + 1;
+    if (done < ops.size() && ops[done].kind == OpKind::kAdd && ops[i].n_linears == 1 &&
+        ops[done].y == ops[i].outs[0] &&
+        ops[done].cols == ops[i].rows * ops[i].linears[0]->out_dim()) {
+      stream = ops[done++].out;
+    }
+    LinearsPlan(ops[i], job, stream, gpu_, arena).run();
+    return done;
   }
   if (!arena.counting()) launch_rows(job, gpu_);
   return i;
@@ -372,6 +386,7 @@ void Executor::run_attention(const Op& op, Arena& arena) {
   job.n_splits = attention_splits(op.rows, op.n_kv_heads, max_keys_, gpu_);
   job.partials =
       arena.take<float>(attention_partials(op.rows, op.n_heads, op.head_dim, job.n_splits));
+  job.counters = counters_.as<int32_t>();
   if (!arena.counting()) launch_attention_decode(job, gpu_);
 }
 

@@ -1,9 +1,9 @@
 // executor - which kernels are launched for a list of recorded operations.
 //
-// Looks for neighbours that one kernel does together: a sum, a norm or a SwiGLU before the linears
-// that read it (rows.cu), everything that happens to heads before attention (heads.cu), linears
-// that share an input (packed_matvec.cu, packed_gemm.cu). Each intermediate that the bridge
-// promises is still written. Not here: when (queue.cpp). Read next: executor.cpp.
+// Looks for neighbours that one kernel does together: a norm or a SwiGLU before the linears that
+// read it (rows.cu), a sum behind them, everything that happens to heads before attention
+// (heads.cu), linears that share an input (packed_matvec.cu, packed_gemm.cu). Each intermediate
+// that the bridge promises is still written. Not here: when (queue.cpp). Read next: executor.cpp.
 #pragma once
 
 #include <span>
@@ -55,6 +55,7 @@ class Executor {
 
   const Gpu& gpu_;
   DeviceMemory memory_;
+  DeviceMemory counters_;  // of attention_decode.cu
   const StepInput* input_ = nullptr;
   int64_t max_keys_ = 0;
   int64_t counted_ = 0;

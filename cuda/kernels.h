@@ -94,6 +94,7 @@ struct PackedSegment {
   RoundedRows h;
   float* y;
   bool accumulate;
+  float* stream;  // [m, out] += y, or null: the residual stream
 };
 struct PackedJob {
   RoundedRows x;
@@ -144,9 +145,11 @@ struct AttentionJob {
   int64_t rows, n_heads;
   float scale;  // 1 / sqrt(head_dim)
   const StepInput* input;
-  float* partials;   // attention_partials() floats
-  int64_t n_splits;  // attention_splits()
+  float* partials;    // attention_partials() floats
+  int32_t* counters;  // kAttentionCounters zeros; zeros again afterwards
+  int64_t n_splits;   // attention_splits()
 };
+constexpr int64_t kAttentionCounters = 1 << 16;
 /// Stretches that the keys of a row are cut in, for a timeline of up to max_keys.
 int64_t attention_splits(int64_t rows, int64_t n_kv_heads, int64_t max_keys, const Gpu& gpu);
 int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits);

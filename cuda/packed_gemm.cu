@@ -2,12 +2,12 @@
 //
 // packed_gemm - y_s (+)= x' R_s^T + h_s' B_s^T for all linears s that read the same rounded x
 // Shapes    R, B in fragment order (weights.h), x', h' rounded rows, y_s [m, out_s] f32
-// Work      a block 128 rows of weights x 128 tokens; its 8 warps 32 rows x 64 tokens each. Columns
+// Work      a block 128 rows of weights x 64 tokens; its 8 warps 32 rows x 32 tokens each. Columns
 //           in stages of 128: codes of both sides and their scales arrive in shared memory by
 //           cp.async, three stages deep. Weights are operand A, expanded from nibbles in registers
 //           once a stage; tokens are operand B, 16 bytes a lane. The low-rank component is a few
 //           more stages of the same loop: no second pass, no second write
-// Memory    8 KB of weights and 16 KB of tokens a stage for 128^3 products: 87 operations a byte of
+// Memory    8 KB of weights and 8 KB of tokens a stage for 2^20 products: 128 operations a byte of
 //           second-level cache. Bound: the issue of instructions. For each mma m16n8k32 pair (64
 //           columns) a lane spends 4 x (FADD, FMUL, FFMA) on scales when groups are 64 columns
 // Constants dots start at 1.5 * 2^23 as an integer: the int32 sum, read as a float, is then 1.5 *
@@ -29,9 +29,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kStages = 3;
-constexpr int kTileRows = 128, kTileTokens = 128;
-constexpr int kWarpTokens = 64;
-constexpr int kTilesTogether = 4;
+constexpr int kTileRows = 128, kTileTokens = 64;
+constexpr int kWarpTokens = 32;
+constexpr int kTilesTogether = 2;
 constexpr int kPanels = kTileRows / kPanelRows;
 constexpr int kGroups = 4;  // scales of a stage at most: groups of 32
 
@@ -46,7 +46,7 @@ struct Stage {
 struct Source {
   const uint4 *weights, *tokens;  // the thread's first word; + stage * step
   int64_t weight_step;            // from half of the panels to the other
-  int64_t token_step;             // from a quarter of the tokens to the next
+  int64_t token_step;             // from half of the tokens to the other
   const __half2* weight_scales;   // + group * 8
   const float* token_scales;      // + group * stride
   int64_t stride;
@@ -63,7 +63,7 @@ struct Source {
     token_step = 32 * (x.padded_cols / 16);
     weight_scales =
         w.scales + (first_panel + thread / 2 % kPanels) * w.n_groups * 8 + thread % 2 * 4;
-    token_scales = x.scales + first_token + thread % 32 * 4;
+    token_scales = x.scales + first_token + thread % 16 * 4;
     stride = x.stride;
     w_shift = w.group_shift;
     x_shift = x.group_shift;
@@ -79,23 +79,23 @@ struct Source {
                  weights + i * weight_step + index * 2 * kWarp);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
       // Two tokens that a quarter of a warp reads together differ in the lowest bit.
       const int token = thread / 8 + 32 * i;
       copy_async(&stage.tokens[token][thread % 8 ^ (token & 1) * 4],
                  tokens + i * token_step + index * 8);
     }
-    // Scales of the groups that the stage touches: up to four a side, 16 and 32 words each.
+    // Scales of the groups that the stage touches: up to four a side, 16 words each.
     if (thread < 64) {
       const int group = thread / 16, col = index * kBlockCols + (group << min(w_shift, 7));
       if (group < kBlockCols >> min(w_shift, 7)) {
         copy_async(&stage.weight_scales[thread / 2 % kPanels][group][thread % 2 * 4],
                    weight_scales + (min(col, last_group) >> w_shift) * 8);
       }
-    } else if (thread < 192) {
-      const int group = thread / 32 - 2, col = index * kBlockCols + (group << min(x_shift, 7));
+    } else if (thread < 128) {
+      const int group = thread / 16 - 4, col = index * kBlockCols + (group << min(x_shift, 7));
       if (group < kBlockCols >> min(x_shift, 7)) {
-        copy_async(&stage.token_scales[group][thread % 32 * 4],
+        copy_async(&stage.token_scales[group][thread % 16 * 4],
                    token_scales + (min(col, last_group) >> x_shift) * stride);
       }
     }
@@ -165,7 +165,7 @@ __device__ inline void multiply(const Stage& stage, int w_shift, int x_shift, in
 }
 
 template <int kInner>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     packed_gemm_kernel(const __grid_constant__ PackedJob job) {
   begin_kernel();
   extern __shared__ uint4 shared[];
@@ -215,8 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int64_t token =
             first_token + warp_token * kWarpTokens + part * 8 + lane % 4 * 2 + i % 2;
         if (row >= segment.w.rows || token >= job.rows) continue;
-        float& y = segment.y[token * segment.w.rows + row];
-        y = segment.accumulate ? y + sums[panel][part][i] : sums[panel][part][i];
+        store_output(segment, token, row, sums[panel][part][i]);
       }
     }
   }

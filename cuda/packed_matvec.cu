@@ -168,8 +168,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   if (token >= job.rows || token >= kTiles * 8 || row >= segment.w.rows) return;
   float sum = shared[0][token][row_in_panel];
   for (int i = 1; i < kWarps; ++i) sum += shared[i][token][row_in_panel];
-  float& y = segment.y[token * segment.w.rows + row];
-  y = segment.accumulate ? y + sum : sum;
+  store_output(segment, token, row, sum);
 }
 
 }  // namespace

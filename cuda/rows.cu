@@ -2,8 +2,9 @@
 //
 // rows - x' = round(H(rms_norm(silu(x + term) * up)))   each part optional (kernels.h, RowsJob)
 // Shapes    x, term, up [rows, cols] f32; codes [rows, padded_cols] s8, scales [group, row] f32
-// Work      a block of threads a row; the row stays in shared memory between the parts; a warp
-//           rounds a group
+// Work      a block of threads a row, or 512 columns of one of few; it stays in shared memory
+// between
+//           the parts; a warp rounds a group, or 128 columns
 // Memory    each input read once, each wanted result written once -> DRAM in prefill; decode is
 //           one row, so one block: latency
 // Constants 32 floats + 1 of padding in shared memory: the butterflies of neighbouring elements
@@ -20,6 +21,8 @@
 
 namespace tq::cuda {
 namespace {
+
+constexpr int64_t kChunk = 512;  // columns of a block where several share a row: whole groups
 
 __host__ __device__ constexpr int64_t padded_index(int64_t i) {
   return i + (i >> 5);
@@ -200,24 +203,30 @@ __device__ void round_stretch(const RowsJob& job, int64_t row, int64_t stretch, 
   *reinterpret_cast<char4*>(to.codes + row * to.padded_cols + code_position(col)) = codes;
 }
 
+// Columns [begin, end) of a row.
 template <typename At>
-__device__ void round_row(const RowsJob& job, int64_t row, const At& at) {
+__device__ void round_row(const RowsJob& job, int64_t row, int64_t begin, int64_t end,
+                          const At& at) {
   const int group = job.rounded.group;
   const int64_t warp = threadIdx.x / kWarp, n_warps = blockDim.x / kWarp;
   if ((group == 32 || group == 64 || group == 128) && job.cols % 4 == 0) {
-    for (int64_t i = warp; i * 128 < job.cols; i += n_warps) round_stretch(job, row, i, at);
-  } else {
+    for (int64_t i = begin / 128 + warp; i * 128 < end; i += n_warps) {
+      round_stretch(job, row, i, at);
+    }
+  } else {  // one block a row
     const int64_t n_groups = (job.cols + group - 1) / group;
     for (int64_t i = warp; i < n_groups; i += n_warps) round_group(job, row, i, at);
   }
+  if (end < job.cols) return;
   for (int64_t i = job.cols + threadIdx.x; i < job.rounded.padded_cols; i += blockDim.x) {
     job.rounded.codes[row * job.rounded.padded_cols + code_position(i)] = 0;
   }
 }
 
-// Elements [i, i + kCount) of the row on their way into shared memory; the sum of their squares.
+// Elements [at, at + kCount) on their way into shared memory, element i there; the sum of their
+// squares. Not `own`: another block's, wanted for the squares only.
 template <int kCount>
-__device__ double load_elements(const RowsJob& job, int64_t at, int64_t i, float* v) {
+__device__ double load_elements(const RowsJob& job, int64_t at, int64_t i, bool own, float* v) {
   using Vector = std::conditional_t<kCount == 4, float4, float>;
   const auto get = [&](const float* from) { return *reinterpret_cast<const Vector*>(from + at); };
   Vector vector = get(job.x);
@@ -231,46 +240,51 @@ __device__ double load_elements(const RowsJob& job, int64_t at, int64_t i, float
     for (int j = 0; j < kCount; ++j)
       x[j] = silu(x[j]) * reinterpret_cast<const float*>(&factors)[j];
   }
-  if (job.sum) *reinterpret_cast<Vector*>(job.sum + at) = vector;
+  if (job.sum && own) *reinterpret_cast<Vector*>(job.sum + at) = vector;
   double squares = 0;
   for (int j = 0; j < kCount; ++j) {
     squares += static_cast<double>(x[j]) * static_cast<double>(x[j]);
-    v[padded_index(i + j)] = x[j];
+    if (own) v[padded_index(i + j)] = x[j];
   }
   return squares;
 }
 
-__global__ void rows_kernel(const __grid_constant__ RowsJob job) {
+__global__ void rows_kernel(const __grid_constant__ RowsJob job, int64_t chunk) {
   begin_kernel();
-  extern __shared__ float v[];
+  extern __shared__ float v[];  // columns [begin, end)
   __shared__ double sums[kWarp];
   const int64_t row = blockIdx.x, first = row * job.cols;
+  const int64_t begin = blockIdx.y * chunk, end = min(begin + chunk, job.cols);
+  const auto own = [&](int64_t i) { return i >= begin && i < end; };
+  // The norm needs the squares of all columns, also where several blocks share a row.
+  const int64_t load_begin = job.gain ? 0 : begin, load_end = job.gain ? job.cols : end;
   double squares = 0;
   if (job.cols % 4 == 0) {
-    for (int64_t i = threadIdx.x * 4; i < job.cols; i += blockDim.x * 4) {
-      squares += load_elements<4>(job, first + i, i, v);
+#pragma unroll 4
+    for (int64_t i = load_begin + threadIdx.x * 4; i < load_end; i += blockDim.x * 4) {
+      squares += load_elements<4>(job, first + i, i - begin, own(i), v);
     }
   } else {
-    for (int64_t i = threadIdx.x; i < job.cols; i += blockDim.x) {
-      squares += load_elements<1>(job, first + i, i, v);
+    for (int64_t i = load_begin + threadIdx.x; i < load_end; i += blockDim.x) {
+      squares += load_elements<1>(job, first + i, i - begin, own(i), v);
     }
   }
   if (job.gain) {
     const double mean = block_sum(squares, sums) / static_cast<double>(job.cols);
     const float factor = static_cast<float>(1.0 / sqrt(mean + static_cast<double>(job.eps)));
-    for (int64_t i = threadIdx.x; i < job.cols; i += blockDim.x) {
-      const float x = v[padded_index(i)] * factor * job.gain[i];
+    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+      const float x = v[padded_index(i - begin)] * factor * job.gain[i];
       if (job.normed) job.normed[first + i] = x;
-      v[padded_index(i)] = x;
+      v[padded_index(i - begin)] = x;
     }
   }
   __syncthreads();
   if (job.block > 0) hadamard(job, v, job.transformed + first);
   if (job.bits >= 16) return;
   if (job.block > 0) {
-    round_row(job, row, [&](int64_t i) { return job.transformed[first + i]; });
+    round_row(job, row, begin, end, [&](int64_t i) { return job.transformed[first + i]; });
   } else {
-    round_row(job, row, [&](int64_t i) { return v[padded_index(i)]; });
+    round_row(job, row, begin, end, [&](int64_t i) { return v[padded_index(i - begin)]; });
   }
 }
 
@@ -310,18 +324,27 @@ __global__ void repack_kernel(CanonicalView from, int64_t n_panels, int64_t padd
 }  // namespace
 
 void launch_rows(const RowsJob& job, const Gpu& gpu) {
-  const int64_t shared = padded_index(job.cols) * 4 + 4;
+  TQ_CHECK(job.block == 0 || job.transformed, "a transformed row needs a place");
+  if (job.rows == 0) return;
+  // Few rows are latency: several blocks share one, where no block needs what another one writes.
+  const bool whole_groups = job.bits >= 16 || job.rounded.group <= 128;
+  const bool in_place = job.gain && (job.term || job.up || job.normed == job.x);
+  const bool divided = job.rows <= kMatvecRows && job.block == 0 && whole_groups && !in_place &&
+                       job.cols % kChunk == 0;
+  const int64_t chunk = divided ? kChunk : job.cols;
+  const int64_t shared = padded_index(chunk) * 4 + 4;
   if (shared > gpu.facts.shared_bytes) {
     throw Error(ErrorKind::kResource, "row too long for this GPU", gpu.facts.name,
                 std::to_string(job.cols) + " columns do not fit its shared memory");
   }
-  TQ_CHECK(job.block == 0 || job.transformed, "a transformed row needs a place");
-  if (job.rows == 0) return;
-  // One row is latency: a thread for four elements. Many rows fill the device anyway.
-  const int64_t wanted = (job.cols + 127) / 128 * kWarp;
-  const int64_t threads = std::clamp<int64_t>(wanted, kWarp, job.rows > 64 ? 256 : 1024);
-  launch_kernel(gpu, "rows", rows_kernel, dim3(static_cast<unsigned>(job.rows)),
-                dim3(static_cast<unsigned>(threads)), shared, job);
+  // A thread for four elements that it loads. Many rows fill the device anyway.
+  const int64_t loaded = job.gain ? job.cols : chunk;
+  const int64_t threads =
+      std::clamp<int64_t>((loaded + 127) / 128 * kWarp, kWarp, job.rows > 64 ? 256 : 1024);
+  launch_kernel(
+      gpu, "rows", rows_kernel,
+      dim3(static_cast<unsigned>(job.rows), static_cast<unsigned>((job.cols + chunk - 1) / chunk)),
+      dim3(static_cast<unsigned>(threads)), shared, job, chunk);
 }
 
 void launch_repack(const CanonicalView& from, int64_t n_panels, int64_t padded_cols, uint4* codes,
