@@ -3,7 +3,7 @@
 // attention - out = sum_j softmax_j(scale q.k_j) v_j over the keys j <= position of the row
 // Shapes    q, out [rows, n_heads, head_dim] f32; keys, values [kv head, ctx, head_dim] in 32, 16,
 //           8 or 4 bits
-// Work      a block: one row, one key head (all queries that share it, up to 8), one stretch of
+// Work      a block: one row, one key head (queries that share it, up to 4), one stretch of
 //           keys. A lane owns 8 coordinates; ceil(head_dim / 8) lanes (up to a power of two) a key
 //           slot; each slot keeps an online softmax of its own over every n-th key. Slots and warps
 //           are merged through shared memory, stretches by the block that ends last.
@@ -24,7 +24,7 @@ namespace {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 constexpr int kKeys = 4;  // of a slot a step
-constexpr int kMaxSplits = 128, kMaxQueries = 8;
+constexpr int kMaxSplits = 128, kMaxQueries = 4;
 constexpr int64_t kMinStretch = 32;  // keys of a block: less is not worth a merge
 
 // Coordinates [8 chunk, 8 chunk + 8) of a cached vector as they are stored: asked for long before
@@ -286,11 +286,8 @@ void launch_bits(const AttentionJob& job, const Gpu& gpu) {
   int lanes = 1;
   while (lanes * 8 < job.cache.head_dim) lanes *= 2;
   const int64_t group_size = job.n_heads / job.cache.n_kv_heads;
-  const int64_t n_queries = group_size == 1 ? 1 : group_size == 2 ? 2 : group_size <= 4 ? 4 : 8;
-  const auto kernel = n_queries == 1   ? decode_kernel<kBits, 1>
-                      : n_queries == 2 ? decode_kernel<kBits, 2>
-                      : n_queries == 4 ? decode_kernel<kBits, 4>
-                                       : decode_kernel<kBits, 8>;
+  const int64_t n_queries = group_size == 1 ? 1 : kMaxQueries;
+  const auto kernel = group_size == 1 ? decode_kernel<kBits, 1> : decode_kernel<kBits, kMaxQueries>;
   const dim3 grid(
       static_cast<unsigned>(job.cache.n_kv_heads * ((group_size + n_queries - 1) / n_queries)),
       static_cast<unsigned>(job.n_splits), static_cast<unsigned>(job.rows));

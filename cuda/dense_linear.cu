@@ -181,9 +181,8 @@ void launch_storage(const DenseJob& job, const Gpu& gpu) {
   if (job.rows <= kMatvecTokens) {
     const int64_t rows = 8 * (job.rows == 1 ? kRowsOfWarp<1> : kRowsOfWarp<2>);  // of a block
     const dim3 grid(static_cast<unsigned>((job.w.rows + rows - 1) / rows));
-    const auto kernel = job.rows == 1   ? dense_matvec_kernel<kStorage, 1>
-                        : job.rows <= 4 ? dense_matvec_kernel<kStorage, 4>
-                                        : dense_matvec_kernel<kStorage, kMatvecTokens>;
+    const auto kernel = job.rows == 1 ? dense_matvec_kernel<kStorage, 1>
+                                      : dense_matvec_kernel<kStorage, kMatvecTokens>;
     launch_kernel(gpu, "dense matvec", kernel, grid, dim3(256), 0, job, aligned);
     return;
   }

@@ -228,6 +228,8 @@ void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
   const DeviceMemory partials(attention_partials(rows, n_heads, head_dim, job.n_splits) * 4 + 16,
                               "bench");
   job.partials = partials.as<float>();
+  const DeviceMemory counters(kAttentionCounters * 4, "bench");
+  job.counters = counters.as<int32_t>();
   const double us = bench.time(copies, [&](int i) {
     const size_t at = static_cast<size_t>(i);
     job.cache = cache;
