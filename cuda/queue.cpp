@@ -23,6 +23,13 @@ bool equal(const std::vector<Op>& a, const std::vector<Op>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(Op)) == 0;
 }
 
+// Rows are tokens in these; those of a norm may be heads.
+bool few_tokens(const Op& op) {
+  const bool counts = op.kind == OpKind::kEmbed || op.kind == OpKind::kLinears ||
+                      op.kind == OpKind::kAttention || op.kind == OpKind::kCopyRows;
+  return !counts || op.rows <= kGraphRows;
+}
+
 }  // namespace
 
 Queue::Queue(int device) {
