@@ -71,8 +71,7 @@ void Queue::flush() {
       static_cast<int64_t>(std::bit_ceil(std::max(static_cast<uint64_t>(n_keys_), kMinKeys)));
   try {
     send_input();
-    const bool small =
-        std::all_of(ops_.begin(), ops_.end(), [](const Op& op) { return op.rows <= kGraphRows; });
+    const bool small = std::all_of(ops_.begin(), ops_.end(), few_tokens);
     if (small && ops_.size() >= kMinGraphOps) {
       run_graph(max_keys);
     } else {
