@@ -4,7 +4,7 @@
 # they need first (through sudo when you are not root).
 
 .DEFAULT_GOAL := build
-.PHONY: build deps test demo demo-offline results asan debug format check clean help
+.PHONY: build deps test test-cuda bench-cuda demo demo-offline results asan debug format check clean help
 
 JOBS ?= $(shell nproc)
 
@@ -22,6 +22,14 @@ deps:  ## install the packages needed to build, test and run the demo (Debian, U
 test: build/release/build.ninja  ## build everything and run all tests
 	@cmake --build --preset release --parallel $(JOBS)
 	@ctest --preset release --parallel $(JOBS)
+
+test-cuda: build/release/build.ninja  ## the tests of the CUDA backend; fails without a GPU
+	@cmake --build --preset release --parallel $(JOBS) --target tq test_cuda_ops
+	@TQ_REQUIRE_GPU=1 OMP_WAIT_POLICY=passive build/release/test_cuda_ops
+
+bench-cuda: build/release/build.ninja  ## time the kernels of the CUDA backend one by one
+	@cmake --build --preset release --parallel $(JOBS) --target bench_cuda
+	@build/release/bench_cuda
 
 asan: build/asan/build.ninja  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@cmake --build --preset asan --parallel $(JOBS)

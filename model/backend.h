@@ -51,6 +51,8 @@ class Backend {
  public:
   virtual ~Backend() = default;
   virtual std::string name() const = 0;
+  /// Tokens of a prefill step that suit this device: a large one needs more to be busy.
+  virtual int64_t step_rows() const { return 512; }
 
   virtual BufferPtr alloc(int64_t n_floats) = 0;
   virtual void upload(DeviceBuffer& dst, std::span<const float> src) = 0;
@@ -102,6 +104,8 @@ class Backend {
   /// Brackets one forward step (graph capture on a GPU; nothing on a CPU).
   virtual void begin_step(int64_t rows) { (void)rows; }
   virtual void end_step() {}
+  /// Waits for all operations, so that a clock means something.
+  virtual void synchronize() {}
 };
 
 }  // namespace tq

@@ -7,16 +7,21 @@
 #include <cmath>
 #include <cstdio>
 
+#ifdef TQ_WITH_CUDA
+#include "cuda/cuda_backend.h"
+#endif
 #include "model/error.h"
 #include "tools/commands.h"
 #include "tools/profile_backend.h"
 #include "tools/runtime.h"
+#include "tools/shape_model.h"
 
 namespace tq {
 namespace {
 
 struct BenchOptions {
-  std::string model;
+  std::string model, shape;
+  ShapeOptions shape_options;
   int64_t prompt = 512, decode = 128, repeat = 5;
   DeviceOptions device;
   bool json = false, profile = false;
@@ -63,41 +68,56 @@ double read_bandwidth(int threads) {
 // Bytes that one decoded token must read: every weight once (the head is a weight, the embedding
 // one row; a dense residual basis is used both ways), and the keys and values of the positions
 // before it.
-uint64_t bytes_per_token(const Runtime& runtime, int64_t position, int kv_bits) {
-  uint64_t bytes = runtime.model.lm_head.n_bytes() + transform_bytes(runtime.model.residual_basis) +
-                   transform_bytes(runtime.model.last_basis());
-  for (const Layer& layer : runtime.model.layers) {
+uint64_t bytes_per_token(const Model& model, int64_t position, int kv_bits) {
+  uint64_t bytes = model.lm_head.n_bytes() + transform_bytes(model.residual_basis) +
+                   transform_bytes(model.last_basis());
+  for (const Layer& layer : model.layers) {
     for (const NamedLinear& named : kLayerLinears) bytes += (layer.*named.member).n_bytes();
     bytes += skip_bytes(layer);
   }
-  return bytes + static_cast<uint64_t>(position * kv_token_bytes(runtime.model.config, kv_bits));
+  return bytes + static_cast<uint64_t>(position * kv_token_bytes(model.config, kv_bits));
 }
 
-std::vector<int32_t> bench_tokens(const Runtime& runtime, int64_t count) {
+std::vector<int32_t> bench_tokens(int64_t n_ids, int64_t count) {
   // Spread over the vocabulary, always the same.
   std::vector<int32_t> ids(static_cast<size_t>(count));
   uint64_t state = 1;
   for (int32_t& id : ids) {
     state = state * 6364136223846793005ull + 1442695040888963407ull;
-    id = static_cast<int32_t>((state >> 33) % static_cast<uint64_t>(runtime.tokenizer.size()));
+    id = static_cast<int32_t>((state >> 33) % static_cast<uint64_t>(n_ids));
   }
   return ids;
 }
 
+// The share of the device's own read bandwidth says how far decoding is from its limit.
+double device_bandwidth(const Backend& backend, int threads) {
+#ifdef TQ_WITH_CUDA
+  if (backend.name().starts_with("cuda")) return cuda_read_bandwidth();
+#else
+  (void)backend;
+#endif
+  return read_bandwidth(threads);
+}
+
 void bench(const BenchOptions& options) {
-  Runtime runtime(options.model, options.device);
-  std::map<std::string, OpTime> op_times;
-  std::unique_ptr<Backend> profile_backend;
-  std::unique_ptr<PreparedModel> profiled;
-  if (options.profile) {
-    profile_backend = make_profile_backend(open_backend(options.device), op_times);
-    profiled = std::make_unique<PreparedModel>(runtime.model, *profile_backend);
+  if (options.model.empty() == options.shape.empty()) {
+    throw Error(ErrorKind::kUsage, "one model is needed", "tq bench", "give a file or --shape");
   }
-  const PreparedModel& prepared = profiled ? *profiled : runtime.prepared;
-  const int64_t ctx = runtime.checked_ctx(options.prompt + options.decode);
-  const SessionOptions session_options = runtime.session_options(ctx, options.device.kv_bits);
+  const Model model = options.shape.empty() ? load_model(options.model)
+                                            : random_model(options.shape, options.shape_options);
+  const int64_t n_ids =
+      options.shape.empty() ? open_tokenizer(model).size() : model.config.vocab_size;
+  std::map<std::string, OpTime> op_times;
+  std::unique_ptr<Backend> backend = open_backend(options.device);
+  if (options.profile) backend = make_profile_backend(std::move(backend), op_times);
+  const PreparedModel prepared(model, *backend);
+  const int64_t ctx = checked_ctx(model, options.prompt + options.decode);
+  SessionOptions session_options = default_session(model, *backend);
+  session_options.ctx = ctx;
+  session_options.valid_vocab = n_ids;
+  if (options.device.kv_bits) session_options.kv_bits = options.device.kv_bits;
   Session session(prepared, session_options);
-  const std::vector<int32_t> ids = bench_tokens(runtime, ctx);
+  const std::vector<int32_t> ids = bench_tokens(n_ids, ctx);
   const std::span<const int32_t> prompt(ids.data(), static_cast<size_t>(options.prompt));
 
   std::vector<double> prefill, decode;
@@ -116,13 +136,13 @@ void bench(const BenchOptions& options) {
     if (options.decode > 0) decode.push_back(static_cast<double>(options.decode) / decode_seconds);
   }
   const int threads = options.device.threads > 0 ? options.device.threads : omp_get_num_procs();
-  const double bandwidth = read_bandwidth(threads);
+  const double bandwidth = device_bandwidth(*backend, threads);
   const uint64_t bytes =
-      bytes_per_token(runtime, options.prompt + options.decode / 2, session_options.kv_bits);
+      bytes_per_token(model, options.prompt + options.decode / 2, session_options.kv_bits);
   const Stats p = stats_of(prefill), d = decode.empty() ? Stats{} : stats_of(decode);
   const double share = d.mean * static_cast<double>(bytes) / bandwidth;
   Json json = {{"schema", 1},
-               {"device", runtime.backend->name()},
+               {"device", backend->name()},
                {"threads", threads},
                {"prompt", options.prompt},
                {"decode", options.decode},
@@ -147,8 +167,8 @@ void bench(const BenchOptions& options) {
   std::snprintf(text, sizeof text,
                 "%s\nprefill %lld tokens: %.1f +- %.1f tok/s\ndecode %lld tokens: %.1f "
                 "+- %.1f tok/s, %.1f MB a token, %.0f %% of %.1f GB/s read bandwidth\n",
-                runtime.backend->name().c_str(), static_cast<long long>(options.prompt), p.mean,
-                p.sd, static_cast<long long>(options.decode), d.mean, d.sd,
+                backend->name().c_str(), static_cast<long long>(options.prompt), p.mean, p.sd,
+                static_cast<long long>(options.decode), d.mean, d.sd,
                 static_cast<double>(bytes) / 1e6, 100 * share, bandwidth / 1e9);
   std::string out = text;
   for (const auto& [op, time] : op_times) {
@@ -164,7 +184,26 @@ void bench(const BenchOptions& options) {
 void add_bench_command(CLI::App& app) {
   auto options = std::make_shared<BenchOptions>();
   CLI::App* command = app.add_subcommand("bench", "speed of prefill and decode");
-  command->add_option("model", options->model, ".tq file or Hugging Face folder")->required();
+  command->add_option("model", options->model, ".tq file or Hugging Face folder");
+  command
+      ->add_option("--shape", options->shape, "random weights of a known shape instead of a file")
+      ->check(CLI::IsMember(shape_names()));
+  ShapeOptions& shape = options->shape_options;
+  command->add_option("--bits-w", shape.bits_w, "of a shape: bits of the linears, 4 or 16")
+      ->check(CLI::IsMember({4, 16}))
+      ->capture_default_str();
+  command->add_option("--bits-a", shape.bits_a, "of a shape: bits of their inputs")
+      ->check(CLI::IsMember({4, 8, 16}))
+      ->capture_default_str();
+  command->add_option("--head-bits", shape.head_bits, "of a shape: bits of embedding and head")
+      ->check(CLI::IsMember({4, 8, 16}))
+      ->capture_default_str();
+  command->add_option("--group", shape.group, "of a shape: columns of a scale")
+      ->check(CLI::IsMember({32, 64, 128}))
+      ->capture_default_str();
+  command->add_option("--rank", shape.rank, "of a shape: rank of the low-rank component")
+      ->check(number_in(0, 1024))
+      ->capture_default_str();
   command->add_option("-p,--prompt", options->prompt, "prompt tokens")
       ->check(number_in(1, 1 << 24))
       ->capture_default_str();

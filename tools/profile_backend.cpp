@@ -12,6 +12,7 @@ class ProfileBackend : public Backend {
       : inner_(std::move(inner)), times_(times) {}
 
   std::string name() const override { return inner_->name(); }
+  int64_t step_rows() const override { return inner_->step_rows(); }
   BufferPtr alloc(int64_t n) override { return inner_->alloc(n); }
   void upload(DeviceBuffer& dst, std::span<const float> src) override { inner_->upload(dst, src); }
   void download(const DeviceBuffer& src, int64_t offset, std::span<float> out) override {
@@ -71,12 +72,14 @@ class ProfileBackend : public Backend {
   }
   void begin_step(int64_t rows) override { inner_->begin_step(rows); }
   void end_step() override { inner_->end_step(); }
+  void synchronize() override { inner_->synchronize(); }
 
  private:
   template <typename F>
   void timed(const char* op, F&& run) {
     const auto start = std::chrono::steady_clock::now();
     run();
+    inner_->synchronize();
     OpTime& time = times_[op];
     time.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     ++time.calls;

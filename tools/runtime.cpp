@@ -14,6 +14,9 @@
 #include <iostream>
 #include <iterator>
 
+#ifdef TQ_WITH_CUDA
+#include "cuda/cuda_backend.h"
+#endif
 #include "model/error.h"
 
 namespace tq {
@@ -44,14 +47,21 @@ void add_device_options(CLI::App& command, DeviceOptions& options, bool with_kv)
 }
 
 std::unique_ptr<Backend> open_backend(const DeviceOptions& options) {
+  if (options.device != "auto" && options.device != "cpu" && options.device != "cuda") {
+    throw Error(ErrorKind::kUsage, "unknown device", "--device " + options.device,
+                "expected auto, cpu or cuda");
+  }
+#ifdef TQ_WITH_CUDA
+  std::string why;
+  if (options.device == "cuda" || (options.device == "auto" && cuda_usable(why))) {
+    return make_cuda_backend();
+  }
+#else
   if (options.device == "cuda") {
     throw Error(ErrorKind::kResource, "no CUDA device", "--device cuda",
                 "this tq was built without CUDA", "use --device cpu");
   }
-  if (options.device != "auto" && options.device != "cpu") {
-    throw Error(ErrorKind::kUsage, "unknown device", "--device " + options.device,
-                "expected auto, cpu or cuda");
-  }
+#endif
   return std::make_unique<CpuBackend>(options.threads);
 }
 
@@ -80,7 +90,7 @@ int64_t Runtime::default_ctx(int64_t wanted) const {
   return std::min(wanted, model.config.max_seq_len);
 }
 
-int64_t Runtime::checked_ctx(int64_t ctx) const {
+int64_t checked_ctx(const Model& model, int64_t ctx) {
   if (ctx > model.config.max_seq_len) {
     throw Error(
         ErrorKind::kUsage, "context too long", std::to_string(ctx) + " tokens",
@@ -89,11 +99,22 @@ int64_t Runtime::checked_ctx(int64_t ctx) const {
   return ctx;
 }
 
-SessionOptions Runtime::session_options(int64_t ctx, int kv_bits) const {
+SessionOptions default_session(const Model& model, const Backend& backend) {
   SessionOptions options;
+  const bool quantized = model.quantization.value("method", "none") != "none";
+  options.kv_bits = quantized || model.kv_bits < 16 ? model.kv_bits : 32;
+  options.chunk = backend.step_rows();
+  return options;
+}
+
+int64_t Runtime::checked_ctx(int64_t ctx) const {
+  return tq::checked_ctx(model, ctx);
+}
+
+SessionOptions Runtime::session_options(int64_t ctx, int kv_bits) const {
+  SessionOptions options = default_session(model, *backend);
   options.ctx = ctx;
-  const int default_bits = quantized() || model.kv_bits < 16 ? model.kv_bits : 32;
-  options.kv_bits = kv_bits ? kv_bits : default_bits;
+  if (kv_bits) options.kv_bits = kv_bits;
   options.valid_vocab = tokenizer.size();
   return options;
 }

@@ -37,6 +37,12 @@ struct Runtime {
   SessionOptions session_options(int64_t ctx, int kv_bits) const;
 };
 
+/// Checks a user's --ctx against the model. Throws kUsage.
+int64_t checked_ctx(const Model& model, int64_t ctx);
+/// KV width and prefill step that a model and a device ask for; ctx and valid_vocab are the
+/// caller's.
+SessionOptions default_session(const Model& model, const Backend& backend);
+
 /// The tokenizer of a model; checks that its ids fit the embedding. Throws kBadData.
 Tokenizer open_tokenizer(const Model& model);
 std::unique_ptr<Backend> open_backend(const DeviceOptions& options);

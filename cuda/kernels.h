@@ -1,0 +1,160 @@
+// kernels - the launch functions of cuda/*.cu and the plain values that they take.
+//
+// A job holds pointers to device memory and sizes, no ownership. launch_<name>() checks what the
+// kernel requires and enqueues it on the GPU's stream. Read next: rows.cu, packed_matvec.cu,
+// packed_gemm.cu, dense_linear.cu, heads.cu, attention_decode.cu.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/ops.h"
+#include "cuda/weights.h"
+
+namespace tq::cuda {
+
+/// Rows rounded to integer codes. Rows are allocated to a multiple of kRowStep, so that kernels may
+/// read whole tiles; what they compute from the surplus is not written anywhere.
+struct RoundedRows {
+  int8_t* codes;        // [rows, padded_cols], 8-byte words interleaved (code_position, device.cuh)
+  float* scales;        // [n_groups, stride]
+  int64_t padded_cols;  // multiple of kBlockCols; codes behind the last column are 0
+  int64_t stride;       // rows up to a multiple of kRowStep
+  int32_t group;        // columns a scale; at least padded_cols if there is one group
+  int32_t group_shift;  // of a power of two, or of one group (weights.h)
+};
+constexpr int64_t kRowStep = 128;
+
+/// What happens to every row x on its way into a linear, in this order; each part is optional.
+struct RowsJob {
+  int64_t rows, cols;
+  const float* x;     // [rows, cols]
+  const float* term;  // x += term
+  const float* up;    // x = silu(x) * up
+  float* sum;         // the result so far goes here (term, up)
+  const float* gain;  // [cols] x = x / rms(x) * gain
+  float eps;
+  float* normed;  // the result so far goes here (gain)
+  // Hadamard transform, block by block.
+  const int8_t *signs, *base;  // null: all +1; base order 1
+  int64_t block, base_order;   // block 0: no transform
+  float hadamard_scale;
+  bool inverse;
+  float* transformed;  // [rows, cols]; needed with a transform
+  // Rounding (model/weights.h, ActQuant).
+  int bits;  // 16: none
+  float clip;
+  bool full_range;
+  RoundedRows rounded;
+  float* expanded;  // scale * code [rows, cols], where a dense matrix wants rounded input
+};
+void launch_rows(const RowsJob& job, const Gpu& gpu);
+
+/// canonical Q4 -> fragment order (weights.h).
+void launch_repack(const CanonicalView& from, int64_t n_panels, int64_t padded_cols, uint4* codes,
+                   __half2* scales, const Gpu& gpu);
+
+/// Bytes per second that the device reads; takes some milliseconds and 1 GiB.
+double measure_read_bandwidth(const Gpu& gpu);
+
+void launch_embed(const CanonicalView& table, const StepInput* input, int64_t rows, float* x,
+                  const Gpu& gpu);
+void launch_add(float* x, const float* y, int64_t count, const Gpu& gpu);
+void launch_silu_mul(float* gate, const float* up, int64_t count, const Gpu& gpu);
+void launch_copy(const float* from, float* to, int64_t count, const Gpu& gpu);
+
+/// y[m, out] (+)= x[m, in] W^T in f32, any storage.
+struct DenseJob {
+  CanonicalView w;
+  const float* x;
+  float* y;
+  int64_t rows;
+  bool accumulate;
+};
+void launch_dense(const DenseJob& job, const Gpu& gpu);
+
+/// The same with packed weights in the file's layout and rounded rows: exact integers inside a
+/// group, any group sizes. The fallback of the two kernels below.
+struct PackedSimpleJob {
+  CanonicalView w;
+  RoundedRows x;
+  float* y;
+  int64_t rows;
+  bool accumulate;
+};
+void launch_packed_simple(const PackedSimpleJob& job, const Gpu& gpu);
+
+/// Several linears that read the same rounded rows, each perhaps with its low-rank component:
+/// y = x' R^T + h' B^T.
+struct PackedSegment {
+  FragmentView w;
+  FragmentView b;  // n_panels 0: no low-rank component
+  RoundedRows h;
+  float* y;
+  bool accumulate;
+  float* stream;  // [m, out] += y, or null: the residual stream
+};
+struct PackedJob {
+  RoundedRows x;
+  int64_t rows;
+  int32_t n_segments;
+  PackedSegment segments[kMaxLinears];
+};
+constexpr int64_t kMatvecRows = 16;
+void launch_packed_matvec(const PackedJob& job, const Gpu& gpu);
+void launch_packed_gemm(const PackedJob& job, const Gpu& gpu);
+
+/// cos and sin of positions [0, n): angles [n, half] of (cos, sin), as cpu/ops.h defines them.
+void launch_rope_angles(const float* inv_freq, int64_t half, float factor, int64_t n,
+                        float2* angles, const Gpu& gpu);
+
+/// One layer of the cache.
+struct CacheView {
+  int32_t bits;  // 32, 16, or codes of 8 or 4
+  int64_t ctx, n_kv_heads, head_dim, vector_bytes;
+  uint8_t *keys, *values;              // [n_kv_heads, ctx, vector_bytes]
+  __half2 *key_scales, *value_scales;  // [n_kv_heads, ctx] (scale, minimum); 8 and 4 bits
+};
+
+/// Heads of q, k and v on their way to attention: per-head norm, rotation, Hadamard, and k and v
+/// into the cache; each optional.
+struct HeadsJob {
+  int64_t rows, head_dim;
+  int64_t n_heads, n_kv_heads;  // of q; of k and v
+  float *q, *k;                 // [rows, heads, head_dim], in place; null: none
+  const float* v;
+  const float *q_gain, *k_gain;  // [head_dim] or null
+  float eps;
+  const float2* angles;       // [positions, head_dim / 2] or null
+  int64_t block, base_order;  // Hadamard; block 0: none
+  const int8_t* base;
+  float hadamard_scale;
+  bool store;
+  CacheView cache;
+  const StepInput* input;
+};
+void launch_heads(const HeadsJob& job, const Gpu& gpu);
+
+/// Causal attention of the step's rows over the cache.
+struct AttentionJob {
+  CacheView cache;
+  const float* q;  // [rows, n_heads * head_dim]
+  float* out;
+  int64_t rows, n_heads;
+  float scale;  // 1 / sqrt(head_dim)
+  const StepInput* input;
+  float* partials;    // attention_partials() floats
+  int32_t* counters;  // kAttentionCounters zeros; zeros again afterwards
+  int64_t n_splits;   // attention_splits()
+};
+constexpr int64_t kAttentionCounters = 1 << 16;
+/// Stretches that the keys of a row are cut in, for a timeline of up to max_keys.
+int64_t attention_splits(int64_t rows, int64_t n_kv_heads, int64_t max_keys, const Gpu& gpu);
+int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits);
+void launch_attention_decode(const AttentionJob& job, const Gpu& gpu);
+bool attention_prefill_takes(const CacheView& cache, int64_t rows);
+void launch_attention_prefill(const AttentionJob& job, const Gpu& gpu);
+
+}  // namespace tq::cuda

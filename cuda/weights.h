@@ -1,0 +1,108 @@
+// weights - what prepare() makes of a model's weights: device copies, and the order in which the
+// tensor-core kernels read 4-bit codes.
+//
+// Fragment order of a 4-bit matrix [rows, cols]: rows are padded to panels of 16, columns to blocks
+// of 128, with code 0. A block of 64 columns of a panel is 512 bytes; lane l of a warp owns 16 of
+// them, exactly its A operands of two mma m16n8k32 (row l/4 and l/4 + 8). Codes are signed nibbles.
+// Word w (0..3) of a lane, with t = l % 4:
+//   w = 0   row l/4      columns 8t..8t+3 in the low nibbles of the 4 bytes, 8t+4..8t+7 in the high
+//   w = 1   row l/4 + 8  the same columns
+//   w = 2,3 the same 32 columns further on
+// Scales: f16 [panel, group, 8 pairs of rows (r, r + 8)]: one 4-byte load a lane.
+// Read next: kernels.h.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "cuda/device.h"
+#include "model/backend.h"
+
+namespace tq::cuda {
+
+constexpr int64_t kPanelRows = 16;
+constexpr int64_t kBlockCols = 128;  // columns are padded to this
+
+/// A matrix in the file's layout, on the device. Plain pointers, for kernels.
+struct CanonicalView {
+  Storage storage;
+  int64_t rows, cols, group, n_groups, row_bytes;
+  const uint8_t* data;
+  const __half* scales;  // packed
+};
+
+/// log2 of a group that is a power of two; for a group that spans a row of padded_cols columns, a
+/// shift that makes every column's group 0.
+int32_t group_shift(int64_t group, int64_t padded_cols);
+
+/// A matrix of 4-bit codes in fragment order.
+struct FragmentView {
+  int64_t rows, cols, padded_cols;
+  int64_t n_panels;               // of 16 rows; memory holds a multiple of 8
+  int32_t group_shift, n_groups;  // column >> group_shift is its group
+  const uint4* codes;             // [panel, padded_cols / 64, 32 lanes]
+  const __half2* scales;          // [panel, group, 8]
+};
+
+class CudaMatrix {
+ public:
+  /// Uploads `matrix`; in fragment order if asked.
+  CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader, const Gpu& gpu);
+  bool has_fragments() const { return has_fragments_; }
+  const CanonicalView& canonical() const { return canonical_; }
+  const FragmentView& fragments() const { return fragments_; }
+
+ private:
+  bool has_fragments_;
+  CanonicalView canonical_ = {};
+  FragmentView fragments_ = {};
+  DeviceMemory data_, scales_;
+};
+
+/// A Hadamard transform, or a dense one as the two matrices M^T and M.
+class CudaTransform : public PreparedTransform {
+ public:
+  CudaTransform(const Transform& transform, Uploader& uploader, const Gpu& gpu);
+  bool same_as(const CudaTransform& other) const;
+
+  Transform::Kind kind = Transform::Kind::kNone;
+  int64_t size = 0, block = 0, base_order = 1;
+  float scale = 1.0f;                  // 1 / sqrt(block)
+  const int8_t* host_signs = nullptr;  // identity of the signs: linears of one site share them
+  const int8_t* signs() const { return signs_.as<int8_t>(); }  // [size] or null
+  const int8_t* base() const { return base_.as<int8_t>(); }    // [m, m] row-major
+  std::optional<CudaMatrix> forward_matrix, inverse_matrix;    // dense: W of y = x W^T
+
+ private:
+  DeviceMemory signs_, base_;
+};
+
+/// A linear as the GPU runs it.
+class CudaLinear : public PreparedLinear {
+ public:
+  CudaLinear(const Linear& linear, Uploader& uploader, const Gpu& gpu);
+  int64_t out_dim() const { return out_dim_; }
+  int64_t in_dim() const { return in_dim_; }
+  int64_t rank() const { return branch_a ? branch_a_rows_ : 0; }
+  bool rounds_input() const { return act.bits < 16; }
+
+  ActQuant act;
+  ActQuant branch_act;  // of x A^T, where the branch is packed
+  CudaTransform transform;
+  std::optional<CudaMatrix> weight, branch_a, branch_b;
+
+ private:
+  int64_t out_dim_, in_dim_, branch_a_rows_ = 0;
+};
+
+class CudaTable : public PreparedTable {
+ public:
+  CudaTable(const Matrix& table, Uploader& uploader, const Gpu& gpu)
+      : matrix(table, false, uploader, gpu) {}
+  CudaMatrix matrix;
+};
+
+}  // namespace tq::cuda

@@ -1,0 +1,299 @@
+// bench_cuda - the kernels of the CUDA backend one by one, over the matrices of an 8B model.
+//
+// Each figure is the median of many batches; a batch runs over as many copies of the weights as it
+// takes to leave the second-level cache behind, so that each run reads its weights from memory.
+// Data are random. Not here: whole models (tq bench).
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/kernels.h"
+
+namespace tq::cuda {
+namespace {
+
+constexpr int kBatches = 15;
+
+struct Bench {
+  Gpu gpu;
+  double bandwidth;
+  std::mt19937 generator{1};
+
+  Bench() {
+    gpu.facts = open_device(0);
+    cuda_check(cudaStreamCreate(&gpu.stream), "stream");
+    bandwidth = measure_read_bandwidth(gpu);
+  }
+
+  /// Median time of one of `n` runs, microseconds.
+  double time(int n, const std::function<void(int)>& run) const {
+    cudaEvent_t begin, end;
+    cuda_check(cudaEventCreate(&begin), "event");
+    cuda_check(cudaEventCreate(&end), "event");
+    std::vector<float> times;
+    for (int batch = -2; batch < kBatches; ++batch) {
+      cuda_check(cudaEventRecord(begin, gpu.stream), "event");
+      for (int i = 0; i < n; ++i) run(i);
+      cuda_check(cudaEventRecord(end, gpu.stream), "event");
+      cuda_check(cudaEventSynchronize(end), "event");
+      float milliseconds = 0;
+      cuda_check(cudaEventElapsedTime(&milliseconds, begin, end), "event");
+      if (batch >= 0) times.push_back(milliseconds * 1e3f / static_cast<float>(n));
+    }
+    std::nth_element(times.begin(), times.begin() + kBatches / 2, times.end());
+    return times[kBatches / 2];
+  }
+
+  DeviceMemory random_bytes(int64_t bytes) {
+    std::vector<uint32_t> words(static_cast<size_t>(bytes / 4 + 1));
+    for (uint32_t& word : words) word = generator();
+    DeviceMemory memory(bytes, "bench");
+    cuda_check(cudaMemcpy(memory.as<void>(), words.data(), static_cast<size_t>(bytes),
+                          cudaMemcpyHostToDevice),
+               "copy");
+    return memory;
+  }
+  DeviceMemory random_floats(int64_t count) {
+    std::normal_distribution<float> normal;
+    std::vector<float> values(static_cast<size_t>(count));
+    for (float& value : values) value = normal(generator);
+    DeviceMemory memory(count * 4, "bench");
+    cuda_check(cudaMemcpy(memory.as<void>(), values.data(), static_cast<size_t>(count * 4),
+                          cudaMemcpyHostToDevice),
+               "copy");
+    return memory;
+  }
+  DeviceMemory random_scales(int64_t count) {
+    std::vector<__half> values(static_cast<size_t>(count));
+    for (__half& value : values) {
+      value = __float2half(0.001f + 0.002f * static_cast<float>(generator() >> 8) * 0x1p-24f);
+    }
+    DeviceMemory memory(count * 2, "bench");
+    cuda_check(cudaMemcpy(memory.as<void>(), values.data(), static_cast<size_t>(count * 2),
+                          cudaMemcpyHostToDevice),
+               "copy");
+    return memory;
+  }
+};
+
+// A matrix in fragment order with random contents.
+struct Weights {
+  FragmentView view = {};
+  DeviceMemory codes, scales;
+  Weights(Bench& bench, const DeviceMemory& noise, int64_t rows, int64_t cols, int64_t group) {
+    view.rows = rows;
+    view.cols = cols;
+    view.padded_cols = (cols + kBlockCols - 1) / kBlockCols * kBlockCols;
+    view.n_panels = (rows + kPanelRows - 1) / kPanelRows;
+    const int64_t panels = (view.n_panels + 7) / 8 * 8;
+    view.group_shift = group_shift(group, view.padded_cols);
+    view.n_groups = static_cast<int32_t>((cols + group - 1) / group);
+    const int64_t bytes = panels * kPanelRows * view.padded_cols / 2;
+    codes = DeviceMemory(bytes, "bench");
+    cuda_check(cudaMemcpy(codes.as<void>(), noise.as<void>(), static_cast<size_t>(bytes),
+                          cudaMemcpyDeviceToDevice),
+               "copy");
+    scales = bench.random_scales(panels * kPanelRows * view.n_groups);
+    view.codes = codes.as<uint4>();
+    view.scales = scales.as<__half2>();
+  }
+};
+
+struct Rows {
+  RowsJob job = {};
+  DeviceMemory x, codes, scales;
+  Rows(Bench& bench, int64_t rows, int64_t cols, int bits, int64_t group)
+      : x(bench.random_floats(rows * cols)) {
+    job.rows = rows;
+    job.cols = cols;
+    job.x = x.as<float>();
+    job.bits = bits;
+    job.clip = 1.0f;
+    job.full_range = true;
+    RoundedRows& to = job.rounded;
+    to.padded_cols = (cols + kBlockCols - 1) / kBlockCols * kBlockCols;
+    to.stride = (rows + kRowStep - 1) / kRowStep * kRowStep;
+    to.group = static_cast<int32_t>(std::min(group, to.padded_cols));
+    to.group_shift = group_shift(to.group, to.padded_cols);
+    codes = DeviceMemory(to.stride * to.padded_cols, "bench");
+    scales = DeviceMemory((cols + group - 1) / group * to.stride * 4, "bench");
+    to.codes = codes.as<int8_t>();
+    to.scales = scales.as<float>();
+    launch_rows(job, bench.gpu);
+  }
+};
+
+struct Shape {
+  const char* name;
+  int64_t out, in;
+};
+constexpr Shape kShapes[] = {{"o_proj 4096x4096", 4096, 4096},
+                             {"qkv 6144x4096", 6144, 4096},
+                             {"gate_up 24576x4096", 24576, 4096},
+                             {"down 4096x12288", 4096, 12288}};
+
+void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group, int64_t rank) {
+  const int64_t bytes = shape.out * shape.in / 2 + shape.out * shape.in / group * 2 +
+                        rank * (shape.out + shape.in) * 17 / 32;
+  const int copies = static_cast<int>(
+      rows > 64 ? 2 : std::clamp<int64_t>(3 * bench.gpu.facts.l2_bytes / bytes, 4, 40));
+  const DeviceMemory noise = bench.random_bytes(std::max(shape.out, int64_t{1024}) * shape.in / 2);
+  Rows x(bench, rows, shape.in, 4, group), h(bench, rows, std::max<int64_t>(rank, 64), 4, group);
+  const DeviceMemory y(rows * shape.out * 4, "bench"), narrow(rows * 1024 * 4, "bench");
+  std::vector<Weights> r, a, b;
+  for (int i = 0; i < copies; ++i) {
+    r.emplace_back(bench, noise, shape.out, shape.in, group);
+    if (rank == 0) continue;
+    a.emplace_back(bench, noise, rank, shape.in, group);
+    b.emplace_back(bench, noise, shape.out, rank, group);
+  }
+  h.job.x = narrow.as<float>();
+  const auto launch = [&](const PackedJob& job) {
+    rows <= kMatvecRows ? launch_packed_matvec(job, bench.gpu) : launch_packed_gemm(job, bench.gpu);
+  };
+  const double us = bench.time(copies, [&](int i) {
+    const size_t at = static_cast<size_t>(i);
+    PackedJob job = {};
+    job.x = x.job.rounded;
+    job.rows = rows;
+    job.n_segments = 1;
+    if (rank > 0) {
+      job.segments[0].w = a[at].view;
+      job.segments[0].y = narrow.as<float>();
+      launch(job);
+      launch_rows(h.job, bench.gpu);
+      job.segments[0].b = b[at].view;
+      job.segments[0].h = h.job.rounded;
+    }
+    job.segments[0].w = r[at].view;
+    job.segments[0].y = y.as<float>();
+    launch(job);
+  });
+  const double ops = 2.0 * static_cast<double>(rows) * static_cast<double>(shape.out * shape.in);
+  std::printf("%-20s m %5lld group %3lld rank %3lld: %9.2f us %8.1f TOP/s %7.2f TB/s %5.1f %%\n",
+              shape.name, static_cast<long long>(rows), static_cast<long long>(group),
+              static_cast<long long>(rank), us, ops / us * 1e-6,
+              static_cast<double>(bytes) / us * 1e-6,
+              100 * static_cast<double>(bytes) / us * 1e6 / bench.bandwidth);
+}
+
+void bench_rows(Bench& bench, int64_t rows, int64_t cols) {
+  Rows x(bench, rows, cols, 4, 64);
+  const DeviceMemory transformed(rows * cols * 4, "bench");
+  const double plain = bench.time(20, [&](int) { launch_rows(x.job, bench.gpu); });
+  x.job.gain = x.x.as<float>();
+  const double norm = bench.time(20, [&](int) { launch_rows(x.job, bench.gpu); });
+  std::printf("rows %5lld x %5lld: round %8.2f us, norm and round %8.2f us\n",
+              static_cast<long long>(rows), static_cast<long long>(cols), plain, norm);
+}
+
+void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
+  const int64_t n_heads = 32, n_kv_heads = 8, head_dim = 128, ctx = pos0 + rows;
+  CacheView cache = {};
+  cache.bits = bits;
+  cache.ctx = ctx;
+  cache.n_kv_heads = n_kv_heads;
+  cache.head_dim = head_dim;
+  cache.vector_bytes = head_dim * bits / 8;
+  const int64_t vectors = n_kv_heads * ctx;
+  const int copies =
+      rows > 16 ? 1
+                : static_cast<int>(std::clamp<int64_t>(
+                      3 * bench.gpu.facts.l2_bytes / (2 * vectors * cache.vector_bytes), 2, 30));
+  std::vector<DeviceMemory> keys, values, scales;
+  for (int i = 0; i < copies; ++i) {  // f16 of small size, or codes
+    const int64_t halves = vectors * cache.vector_bytes / 2;
+    keys.push_back(bench.random_scales(halves));
+    values.push_back(bench.random_scales(halves));
+    scales.push_back(bench.random_scales(2 * vectors));
+  }
+  const DeviceMemory q = bench.random_floats(rows * n_heads * head_dim);
+  const DeviceMemory out(rows * n_heads * head_dim * 4, "bench"), input(64, "bench");
+  const int32_t start[2] = {static_cast<int32_t>(pos0), static_cast<int32_t>(ctx)};
+  cuda_check(cudaMemcpy(input.as<void>(), start, 8, cudaMemcpyHostToDevice), "copy");
+  AttentionJob job = {};
+  job.q = q.as<float>();
+  job.out = out.as<float>();
+  job.rows = rows;
+  job.n_heads = n_heads;
+  job.scale = 0.0883883f;
+  job.input = input.as<StepInput>();
+  job.n_splits = attention_splits(rows, n_kv_heads, ctx, bench.gpu);
+  const DeviceMemory partials(attention_partials(rows, n_heads, head_dim, job.n_splits) * 4 + 16,
+                              "bench");
+  job.partials = partials.as<float>();
+  const DeviceMemory counters(kAttentionCounters * 4, "bench");
+  job.counters = counters.as<int32_t>();
+  const double us = bench.time(copies, [&](int i) {
+    const size_t at = static_cast<size_t>(i);
+    job.cache = cache;
+    job.cache.keys = keys[at].as<uint8_t>();
+    job.cache.values = values[at].as<uint8_t>();
+    job.cache.key_scales = job.cache.value_scales = scales[at].as<__half2>();
+    if (attention_prefill_takes(cache, rows)) {
+      launch_attention_prefill(job, bench.gpu);
+    } else {
+      launch_attention_decode(job, bench.gpu);
+    }
+  });
+  const double n = static_cast<double>(rows);
+  const double pairs = n * static_cast<double>(pos0) + n * (n + 1) / 2;
+  const double ops = 4.0 * pairs * static_cast<double>(n_heads * head_dim);
+  const double bytes =
+      static_cast<double>(2 * vectors * (cache.vector_bytes + (bits < 16 ? 4 : 0)));
+  std::printf(
+      "attention %5lld rows after %6lld, %2d bits: %9.2f us %7.1f TFLOP/s %7.2f TB/s %5.1f %%\n",
+      static_cast<long long>(rows), static_cast<long long>(pos0), bits, us, ops / us * 1e-6,
+      bytes / us * 1e-6, 100 * bytes / us * 1e6 / bench.bandwidth);
+}
+
+void run(const std::string& which) {
+  Bench bench;
+  std::printf("%s, %d SMs, reads %.0f GB/s\n", bench.gpu.facts.name.c_str(), bench.gpu.facts.n_sms,
+              bench.bandwidth * 1e-9);
+  const auto wanted = [&](const char* part) { return which.empty() || which == part; };
+  for (const Shape& shape : kShapes) {
+    if (wanted("matvec")) {
+      for (int64_t rows : {1, 4, 8, 16}) bench_packed(bench, shape, rows, 64, 0);
+      bench_packed(bench, shape, 1, 128, 0);
+      bench_packed(bench, shape, 1, 64, 128);
+    }
+    if (wanted("gemm")) {
+      for (int64_t rows : {64, 256, 1024, 2048, 4096}) bench_packed(bench, shape, rows, 64, 0);
+      for (int64_t rows : {256, 2048, 4096}) bench_packed(bench, shape, rows, 128, 0);
+      bench_packed(bench, shape, 2048, 64, 128);
+      bench_packed(bench, shape, 2048, 128, 128);
+    }
+  }
+  if (wanted("rows")) {
+    for (int64_t rows : {1, 16, 2048}) {
+      bench_rows(bench, rows, 4096);
+      bench_rows(bench, rows, 12288);
+    }
+  }
+  if (wanted("attention")) {
+    for (int bits : {16, 8, 4}) {
+      for (int64_t pos0 : {512, 4096, 32768}) bench_attention(bench, 1, pos0, bits);
+      bench_attention(bench, 2048, 0, bits);
+    }
+    bench_attention(bench, 4096, 0, 16);
+  }
+}
+
+}  // namespace
+}  // namespace tq::cuda
+
+int main(int argc, char** argv) {
+  try {
+    tq::cuda::run(argc > 1 ? argv[1] : "");
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "bench_cuda: %s\n", error.what());
+    return 4;
+  }
+}
