@@ -5,10 +5,9 @@
 // Shapes    R, B in fragment order (weights.h), x', h' rounded rows (m <= 16), y_s [m, out_s] f32
 // Work      a block a panel of 16 rows; its 8 warps take every 8th block of 64 columns, of R, then
 //           of B; sums of the warps are added through shared memory in a fixed order
-// Memory    each code read once by one lane, 16 bytes at a time, the next 4 blocks asked for while
-// 4 are
-//           multiplied -> DRAM.
-//           x' comes from the second-level cache: 64 bytes a token and block of 64 columns
+// Memory    each code read once by one lane, 16 bytes at a time, four blocks asked for while four
+//           are multiplied -> DRAM. x' comes from the second-level cache: 64 bytes a token and
+//           block of 64 columns
 // Constants 8 warps: a 4096-column panel is 8 blocks a warp, two rounds of loads. The weights are
 //           operand A of mma m16n8k32, tokens are the 8 columns of B: the tensor cores do 8 tokens
 //           in the time of one, so that 1 and 8 tokens cost the same
