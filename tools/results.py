@@ -95,6 +95,8 @@ def parse_arguments():
     parser.add_argument("--windows", type=int, default=0, help="first N windows of the text; 0 = all")
     parser.add_argument("--seeds", type=int, default=3, help="at most N of a row's seeds")
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores; changes seconds only")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
+                        help="where perplexities are computed; quantizing uses the CPU")
     parser.add_argument("--calib", help="calibration text, as tq quantize takes it")
     parser.add_argument("--tq", default="./tq", help="the program. Default: ./tq, which make builds")
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
@@ -192,7 +194,8 @@ def measure(run, args, text, version, quantized):
     target, report, kl = run.model, None, None
     if run.quantize is not None:
         target, report = quantized.make(run, threads)
-    evaluate = [args.tq, "eval", target, "--text", text, "--json", "-q", *run.evaluate, *threads]
+    evaluate = [args.tq, "eval", target, "--text", text, "--json", "-q", "--device", args.device,
+                *run.evaluate, *threads]
     windows = ["--windows", str(args.windows)] if args.windows else []
     evaluation = json.loads(call(evaluate + windows))
     if run.quantize is not None:
@@ -200,7 +203,8 @@ def measure(run, args, text, version, quantized):
         kl = json.loads(call(evaluate + ["--windows", str(few), "--kl", run.model]))
     stem = run.path[:-len(".json")]
     result = {"version": version, "commands": commands(run), "quantize": report, "eval": evaluation,
-              "kl": kl, "all_windows": not args.windows, "date": datetime.date.today().isoformat(), "machine": machine(args.threads)}
+              "kl": kl, "all_windows": not args.windows, "date": datetime.date.today().isoformat(),
+              "machine": machine(args.threads) + (", evaluated on a GPU" if args.device == "cuda" else "")}
     with open(stem + ".tmp", "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1)
     os.replace(stem + ".tmp", run.path)
