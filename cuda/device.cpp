@@ -69,7 +69,7 @@ int64_t free_bytes() {
   return static_cast<int64_t>(free);
 }
 
-DeviceMemory::DeviceMemory(int64_t bytes, const std::string& what) : size_(bytes) {
+DeviceMemory::DeviceMemory(int64_t bytes, const std::string& what) : OwnedBytes(bytes) {
   if (bytes == 0) return;
   const int64_t free = free_bytes();
   if (bytes > free || cudaMalloc(&data_, static_cast<size_t>(bytes)) != cudaSuccess) {
@@ -85,7 +85,7 @@ DeviceMemory::~DeviceMemory() {
   if (data_) cudaFree(data_);  // waits for what runs; an error here has been or will be reported
 }
 
-PinnedMemory::PinnedMemory(int64_t bytes) : size_(bytes) {
+PinnedMemory::PinnedMemory(int64_t bytes) : OwnedBytes(bytes) {
   cuda_check(cudaMallocHost(&data_, static_cast<size_t>(bytes)), "allocating page-locked memory");
 }
 

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 namespace tq::cuda {
 
@@ -38,56 +39,47 @@ DeviceFacts open_device(int index);
 /// Bytes that can still be allocated.
 int64_t free_bytes();
 
-/// Memory on the device, zeroed. Throws kResource naming need and free bytes before trying.
-class DeviceMemory {
+/// Bytes that a derived class allocates and frees; moved by exchange.
+class OwnedBytes {
  public:
-  DeviceMemory() = default;
-  DeviceMemory(int64_t bytes, const std::string& what);
-  ~DeviceMemory();
-  DeviceMemory(DeviceMemory&& other) noexcept { swap(other); }
-  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
-    swap(other);
-    return *this;
-  }
   template <typename T>
   T* as() const {
     return static_cast<T*>(data_);
   }
   int64_t size() const { return size_; }
 
- private:
-  void swap(DeviceMemory& other) {
+ protected:
+  OwnedBytes() = default;
+  explicit OwnedBytes(int64_t bytes) : size_(bytes) {}
+  OwnedBytes(OwnedBytes&& other) noexcept { *this = std::move(other); }
+  OwnedBytes& operator=(OwnedBytes&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
+    return *this;
   }
+  ~OwnedBytes() = default;
   void* data_ = nullptr;
   int64_t size_ = 0;
 };
 
+/// Memory on the device, zeroed. Throws kResource naming need and free bytes before trying.
+class DeviceMemory : public OwnedBytes {
+ public:
+  DeviceMemory() = default;
+  DeviceMemory(int64_t bytes, const std::string& what);
+  ~DeviceMemory();
+  DeviceMemory(DeviceMemory&&) noexcept = default;
+  DeviceMemory& operator=(DeviceMemory&&) noexcept = default;
+};
+
 /// Page-locked host memory: copies from and to it run beside kernels.
-class PinnedMemory {
+class PinnedMemory : public OwnedBytes {
  public:
   PinnedMemory() = default;
   explicit PinnedMemory(int64_t bytes);
   ~PinnedMemory();
-  PinnedMemory(PinnedMemory&& other) noexcept { swap(other); }
-  PinnedMemory& operator=(PinnedMemory&& other) noexcept {
-    swap(other);
-    return *this;
-  }
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-  int64_t size() const { return size_; }
-
- private:
-  void swap(PinnedMemory& other) {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-  }
-  void* data_ = nullptr;
-  int64_t size_ = 0;
+  PinnedMemory(PinnedMemory&&) noexcept = default;
+  PinnedMemory& operator=(PinnedMemory&&) noexcept = default;
 };
 
 /// Copies host memory (a mapped file, say) to the device through two pinned buffers, so that

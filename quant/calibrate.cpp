@@ -87,11 +87,11 @@ CalibrationStream::CalibrationStream(const Model& model, const Calibration& cali
   rope_.attention_factor = static_cast<float>(config_.rope.attention_factor);
   host_.resize(
       static_cast<size_t>(length_ * std::max({config_.dim, config_.q_dim(), config_.hidden_dim})));
-  hidden_.reserve(static_cast<size_t>(calibration.n_tokens() * config_.dim));
+  std::vector<int32_t> tokens;
   for (const auto& sample : calibration.samples) {
-    const FloatMatrix embedded = embed_tokens(model.tok_embed, sample, residual, threads);
-    hidden_.insert(hidden_.end(), embedded.data.begin(), embedded.data.end());
+    tokens.insert(tokens.end(), sample.begin(), sample.end());
   }
+  hidden_ = embed_tokens(model.tok_embed, tokens, residual, threads).data;
 }
 
 void CalibrationStream::run_layer(const Layer& layer, const Sink& sink,

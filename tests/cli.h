@@ -111,4 +111,53 @@ struct Safetensors {
   void write(const std::string& path) const { write(path, header.dump(), data); }
 };
 
+using Args = std::vector<std::string>;
+
+inline Args logits_of(const TempDir& dir, const std::string& model) {
+  return {"logits", model, "--ids", "1,2,3", "-o", dir / "out.npy"};
+}
+
+// Two shards with an index, from the single file: tensors of layers 0-1 and the rest.
+inline std::string shard_model(const TempDir& dir, const std::string& name = "sharded") {
+  const std::string model = copy_model(dir, name);
+  const Safetensors all = Safetensors::read(model + "/model.safetensors");
+  Safetensors shards[2];
+  Json map = Json::object();
+  for (const auto& item : all.header.items()) {
+    if (item.key() == "__metadata__") continue;
+    const bool second = item.key().find("layers.0.") == std::string::npos &&
+                        item.key().find("layers.1.") == std::string::npos;
+    Safetensors& shard = shards[second];
+    const size_t begin = item.value()["data_offsets"][0], end = item.value()["data_offsets"][1];
+    shard.header[item.key()] = item.value();
+    shard.header[item.key()]["data_offsets"] = {shard.data.size(), shard.data.size() + end - begin};
+    shard.data += all.data.substr(begin, end - begin);
+    map[item.key()] =
+        second ? "model-00002-of-00002.safetensors" : "model-00001-of-00002.safetensors";
+  }
+  shards[0].write(model + "/model-00001-of-00002.safetensors");
+  shards[1].write(model + "/model-00002-of-00002.safetensors");
+  write_bytes(model + "/model.safetensors.index.json",
+              Json{{"metadata", {{"total_size", 1}}}, {"weight_map", map}}.dump());
+  std::filesystem::remove(model + "/model.safetensors");
+  return model;
+}
+
+// A quantized stories260k, made once.
+inline const std::string& tq_bytes() {
+  static const std::string bytes = [] {
+    TempDir dir;
+    const CliResult result =
+        run_tq(dir, {"quantize", copy_model(dir), "-o", dir / "m.tq", "--method", "rtn", "-q"});
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    return read_bytes(dir / "m.tq");
+  }();
+  return bytes;
+}
+
+inline void set_f32(Safetensors& weights, const std::string& name, size_t index, float value) {
+  const size_t begin = weights.header[name]["data_offsets"][0];
+  std::memcpy(weights.data.data() + begin + 4 * index, &value, 4);
+}
+
 }  // namespace tq

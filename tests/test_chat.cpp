@@ -85,6 +85,26 @@ TEST(Chat, IdsEqualTheReferenceTokenizersIdsOfTheRenderedText) {
   }
 }
 
+TEST(Chat, AConversationHasTheLengthOfItsTextAndTheShapeOfAChat) {
+  const Tokenizer smol = load("smollm2");
+  std::string words;
+  for (int i = 0; i < 60; ++i) words += " The sea is wide, said number " + std::to_string(i) + ".";
+  std::vector<int32_t> text = smol.encode(words, false, false);
+  text.resize(320);
+  const std::vector<int32_t> got = as_conversation(smol, ChatKind::kChatMLSmol, text);
+  ASSERT_EQ(got.size(), text.size());
+  const std::string user = smol.decode(std::span(text).first(40), true);
+  const std::vector<int32_t> prompt =
+      encode_chat(smol, ChatKind::kChatMLSmol, {{"user", user}}, {}, false);
+  ASSERT_LT(prompt.size(), got.size());
+  EXPECT_TRUE(std::equal(prompt.begin(), prompt.end(), got.begin()));
+  // Then the answer: the text behind the question.
+  EXPECT_TRUE(std::equal(got.begin() + std::ssize(prompt), got.end(), text.begin() + 40));
+  // Too short to hold the template's tokens, it is cut, never padded.
+  const std::vector<int32_t> few(text.begin(), text.begin() + 8);
+  EXPECT_EQ(as_conversation(smol, ChatKind::kChatMLSmol, few).size(), 8u);
+}
+
 TEST(Chat, AUserCannotEndTheirOwnTurn) {
   const Tokenizer qwen = load("qwen3");
   const int32_t end = *qwen.id_of("<|im_end|>");

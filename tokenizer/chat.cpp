@@ -262,4 +262,16 @@ std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatKind kind,
   return ids;
 }
 
+std::vector<int32_t> as_conversation(const Tokenizer& tokenizer, ChatKind kind,
+                                     const std::vector<int32_t>& text) {
+  const size_t question = text.size() / 8;
+  const std::string user =
+      replace_invalid_utf8(tokenizer.decode(std::span(text).first(question), true));
+  std::vector<int32_t> ids = encode_chat(tokenizer, kind, {{"user", user}}, {}, false);
+  ids.insert(ids.end(), text.begin() + static_cast<std::ptrdiff_t>(question), text.end());
+  if (ids.size() < text.size()) return text;
+  ids.resize(text.size());
+  return ids;
+}
+
 }  // namespace tq

@@ -51,6 +51,13 @@ std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatKind kind,
                                  const std::vector<Message>& messages, const ChatOptions& options,
                                  bool parse_special);
 
+/// A piece of text as a question (its first eighth) and the beginning of an answer, cut to the same
+/// number of ids: calibration text as a chat would hold it. The template's tokens hardly occur in
+/// plain text, yet stand at the start of every chat, where inputs are unlike all others. Text that
+/// the template would not lengthen comes back as it was.
+std::vector<int32_t> as_conversation(const Tokenizer& tokenizer, ChatKind kind,
+                                     const std::vector<int32_t>& text);
+
 /// Ids that end generation: the union of generation_config.eos_token_id, config.eos_token_id,
 /// tokenizer_config.eos_token, and known end-of-turn names in the vocabulary.
 std::vector<int32_t> stop_tokens(const ModelTexts& texts, const Config& config,

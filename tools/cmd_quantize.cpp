@@ -201,20 +201,6 @@ std::string read_calibration_text(const std::string& path) {
   return joined;
 }
 
-// The sample as a question and its answer under the model's chat template, of the same length. The
-// template's tokens hardly occur in plain text, yet stand at the start of every chat, where inputs
-// are unlike all others: weights fitted without them answer worse than the perplexity tells.
-void as_conversation(std::vector<int32_t>& sample, const Tokenizer& tokenizer, ChatKind kind) {
-  const size_t length = sample.size(), question = length / 8;
-  const std::string user =
-      replace_invalid_utf8(tokenizer.decode(std::span(sample).first(question), true));
-  std::vector<int32_t> ids = encode_chat(tokenizer, kind, {{"user", user}}, {}, false);
-  ids.insert(ids.end(), sample.begin() + static_cast<std::ptrdiff_t>(question), sample.end());
-  if (ids.size() < length) return;
-  ids.resize(length);
-  sample = std::move(ids);
-}
-
 Calibration make_calibration(const QuantizeArguments& args, const QuantizeOptions& options,
                              const Model& model, const Tokenizer& tokenizer) {
   const std::string where = args.calib.empty() ? "built-in calibration text" : args.calib;
@@ -232,7 +218,7 @@ Calibration make_calibration(const QuantizeArguments& args, const QuantizeOption
   const ChatKind kind = detect_chat_kind(model.texts, args.folder);
   if (kind != ChatKind::kNone && kind != ChatKind::kUnknown) {
     for (size_t i = 0; i < calibration.samples.size(); i += 2) {
-      as_conversation(calibration.samples[i], tokenizer, kind);
+      calibration.samples[i] = as_conversation(tokenizer, kind, calibration.samples[i]);
     }
   }
   return calibration;
