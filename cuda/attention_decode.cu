@@ -100,7 +100,7 @@ __device__ void merge_stretches(const AttentionJob& job, int64_t first, int n_qu
   __shared__ float weights[kMaxQueries][kMaxSplits], totals[kMaxQueries];
   const int n = static_cast<int>(job.n_splits);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t head_dim = job.cache.head_dim, stride = head_dim + 2;
+  const int head_dim = static_cast<int>(job.cache.head_dim), stride = head_dim + 2;
   for (int query = warp; query < n_queries; query += kWarps) {
     const float* parts = job.partials + (first + query) * n * stride;
     float max = -INFINITY, sum = 0;
@@ -116,16 +116,24 @@ __device__ void merge_stretches(const AttentionJob& job, int64_t first, int n_qu
     if (lane == 0) totals[query] = sum;
   }
   __syncthreads();
-  for (int item = threadIdx.x; item < n_queries * head_dim; item += kThreads) {
-    const int query = static_cast<int>(item / head_dim);
-    const float* parts = job.partials + (first + query) * n * stride + 2 + item % head_dim;
-    float out = 0;
+  // A thread a coordinate of all queries: loads of a few stretches are under way at once.
+  for (int at = threadIdx.x; at < head_dim; at += kThreads) {
+    const float* parts = job.partials + first * n * stride + 2 + at;
+    float out[kMaxQueries] = {};
 #pragma unroll 8
-    for (int i = 0; i < n; ++i) {  // an empty stretch holds anything
-      const float part = __ldcg(parts + i * stride);
-      out = fmaf(weights[query][i] == 0.0f ? 0.0f : part, weights[query][i], out);
+    for (int i = 0; i < n; ++i) {
+#pragma unroll
+      for (int query = 0; query < kMaxQueries; ++query) {
+        if (query >= n_queries) continue;
+        const float part = __ldcg(parts + (query * n + i) * stride);
+        const float weight = weights[query][i];  // 0: an empty stretch, which holds anything
+        out[query] = fmaf(weight == 0.0f ? 0.0f : part, weight, out[query]);
+      }
     }
-    job.out[(first + query) * head_dim + item % head_dim] = out / totals[query];
+#pragma unroll
+    for (int query = 0; query < kMaxQueries; ++query) {
+      if (query < n_queries) job.out[(first + query) * head_dim + at] = out[query] / totals[query];
+    }
   }
 }
 
@@ -134,21 +142,22 @@ __global__ void __launch_bounds__(kThreads)
     decode_kernel(const __grid_constant__ AttentionJob job, int lanes) {
   begin_kernel();
   const CacheView& cache = job.cache;
-  const int64_t group_size = job.n_heads / cache.n_kv_heads;
-  const int64_t query_blocks = (group_size + kQueries - 1) / kQueries;
-  const int64_t kv_head = blockIdx.x / query_blocks;
-  const int64_t first_query = blockIdx.x % query_blocks * kQueries;
-  const int n_queries = static_cast<int>(min(int64_t{kQueries}, group_size - first_query));
-  const int64_t split = blockIdx.y, row = blockIdx.z;
-  const int64_t n_keys = job.input->pos0 + row + 1;
-  const int64_t stretch = (n_keys + job.n_splits - 1) / job.n_splits;
-  const int64_t begin = split * stretch, end = min(begin + stretch, n_keys);
+  const int n_heads = static_cast<int>(job.n_heads), n_splits = static_cast<int>(job.n_splits);
+  const int group_size = n_heads / static_cast<int>(cache.n_kv_heads);
+  const int query_blocks = (group_size + kQueries - 1) / kQueries;
+  const int kv_head = static_cast<int>(blockIdx.x) / query_blocks;
+  const int first_query = (static_cast<int>(blockIdx.x) - kv_head * query_blocks) * kQueries;
+  const int n_queries = min(kQueries, group_size - first_query);
+  const int split = blockIdx.y, row = blockIdx.z;
+  const int n_keys = job.input->pos0 + row + 1;
+  const int stretch = (n_keys + n_splits - 1) / n_splits;
+  const int begin = split * stretch, end = min(begin + stretch, n_keys);
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int chunk = lane % lanes, slots = kWarp / lanes;
-  const int64_t slot = warp * slots + lane / lanes, n_slots = kWarps * slots;
+  const int slot = warp * slots + lane / lanes, n_slots = kWarps * slots;
   const int64_t first_head = kv_head * group_size + first_query;
-  const float* q_row = job.q + (row * job.n_heads + first_head) * cache.head_dim;
+  const float* q_row = job.q + (int64_t{row} * n_heads + first_head) * cache.head_dim;
 
   const float factor = job.scale * kLog2E;  // exp(x) = 2^(x log2 e)
   float q[kQueries][8];
@@ -165,16 +174,17 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int64_t base = kv_head * cache.ctx;
   Chunk<kBits> keys[kKeys], values[kKeys];
-  const auto load = [&](int64_t first) {
+  const auto load = [&](Chunk<kBits>(&to)[kKeys], const uint8_t* vectors, const __half2* scales,
+                        int first) {
 #pragma unroll
     for (int step = 0; step < kKeys; ++step) {
-      const int64_t at = base + min(first + step * n_slots + slot, end - 1);
-      keys[step].load(cache, cache.keys, cache.key_scales, at, chunk);
-      values[step].load(cache, cache.values, cache.value_scales, at, chunk);
+      to[step].load(cache, vectors, scales, base + min(first + step * n_slots + slot, end - 1),
+                    chunk);
     }
   };
-  for (int64_t key = begin; key < end; key += n_slots * kKeys) {  // the same for all: shuffles
-    load(key);
+  if (begin < end) load(keys, cache.keys, cache.key_scales, begin);
+  for (int key = begin; key < end; key += n_slots * kKeys) {  // the same for all: shuffles
+    load(values, cache.values, cache.value_scales, key);
     float scores[kKeys][kQueries];
 #pragma unroll
     for (int step = 0; step < kKeys; ++step) {
@@ -187,6 +197,10 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < 8; ++j) score = fmaf(q[i][j], k[j], score);
         scores[step][i] = score;
       }
+    }
+    // The next keys are on their way while these ones' values are added.
+    if (key + n_slots * kKeys < end) {
+      load(keys, cache.keys, cache.key_scales, key + n_slots * kKeys);
     }
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
 #pragma unroll
@@ -251,34 +265,34 @@ __global__ void __launch_bounds__(kThreads)
     Part total = shared[0][i][c];
     for (int w = 1; w < kWarps; ++w) total.merge(shared[w][i][c]);
     const int64_t head = first_head + i;
-    if (job.n_splits == 1) {
-      float* out = job.out + (row * job.n_heads + head) * cache.head_dim;
+    if (n_splits == 1) {
+      float* out = job.out + (int64_t{row} * n_heads + head) * cache.head_dim;
       for (int j = 0; j < 8; ++j) {
         if (c * 8 + j < cache.head_dim) out[c * 8 + j] = total.out[j] / total.sum;
       }
     } else {
-      float* out =
-          job.partials + ((row * job.n_heads + head) * job.n_splits + split) * (cache.head_dim + 2);
+      float* out = job.partials +
+                   ((int64_t{row} * n_heads + head) * n_splits + split) * (cache.head_dim + 2);
       if (c == 0) out[0] = total.max, out[1] = total.sum;
       for (int j = 0; j < 8; ++j) {
         if (c * 8 + j < cache.head_dim) out[2 + c * 8 + j] = total.out[j];
       }
     }
   }
-  if (job.n_splits == 1) return;
+  if (n_splits == 1) return;
   // The block that ends last merges all stretches: no second kernel.
   __shared__ bool is_last;
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     int32_t* counter = job.counters + row * gridDim.x + blockIdx.x;
-    is_last = atomicAdd(counter, 1) == job.n_splits - 1;
+    is_last = atomicAdd(counter, 1) == n_splits - 1;
     if (is_last) *counter = 0;
   }
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  merge_stretches(job, row * job.n_heads + first_head, n_queries);
+  merge_stretches(job, int64_t{row} * n_heads + first_head, n_queries);
 }
 
 template <int kBits>

@@ -66,7 +66,7 @@ Op make_op(OpKind kind, int64_t rows, int64_t cols) {
 
 class CudaBackend : public Backend {
  public:
-  explicit CudaBackend(int index) : queue_(std::make_shared<Queue>(index)) {}
+  CudaBackend(int index, bool portable) : queue_(std::make_shared<Queue>(index, portable)) {}
 
   std::string name() const override {
     const DeviceFacts& facts = queue_->gpu().facts;
@@ -258,8 +258,8 @@ class CudaBackend : public Backend {
 }  // namespace
 }  // namespace cuda
 
-std::unique_ptr<Backend> make_cuda_backend(int index) {
-  return std::make_unique<cuda::CudaBackend>(index);
+std::unique_ptr<Backend> make_cuda_backend(int index, bool portable) {
+  return std::make_unique<cuda::CudaBackend>(index, portable);
 }
 
 double cuda_read_bandwidth(int index) {

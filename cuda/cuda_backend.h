@@ -11,8 +11,9 @@
 
 namespace tq {
 
-/// Opens GPU `index`. Throws kResource with one line saying what is missing.
-std::unique_ptr<Backend> make_cuda_backend(int index = 0);
+/// Opens GPU `index`. Throws kResource with one line saying what is missing. portable: with the
+/// kernels of compute capability 8.0 on any GPU, so that tests reach them.
+std::unique_ptr<Backend> make_cuda_backend(int index = 0, bool portable = false);
 
 /// Whether make_cuda_backend() can work; if not, why.
 bool cuda_usable(std::string& why, int index = 0);

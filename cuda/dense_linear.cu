@@ -199,7 +199,6 @@ __global__ void packed_simple_kernel(const __grid_constant__ PackedSimpleJob job
   const CanonicalView& w = job.w;
   const int64_t row = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, token = blockIdx.y;
   if (row >= w.rows) return;
-  const int8_t* codes = job.x.codes + token * job.x.padded_cols;
   const uint8_t* data = w.data + row * w.row_bytes;
   const int64_t w_group = w.group >= w.cols ? w.cols : w.group;
   const int64_t x_group = job.x.group >= w.cols ? w.cols : job.x.group;
@@ -212,9 +211,9 @@ __global__ void packed_simple_kernel(const __grid_constant__ PackedSimpleJob job
       const int code = w.storage == Storage::kQ8
                            ? static_cast<int8_t>(data[col])
                            : (col % 2 ? data[col / 2] >> 4 : data[col / 2] & 15) - 8;
-      dot += code * codes[code_position(col)];
+      dot += code * code_at(job.x, token, col);
     }
-    const float scale = job.x.scales[begin / x_group * job.x.stride + token] *
+    const float scale = job.x.scales[scale_offset(job.x, token, begin / x_group)] *
                         __half2float(w.scales[row * w.n_groups + begin / w_group]);
     sum = fmaf(static_cast<float>(dot), scale, sum);
   }

@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -18,11 +19,54 @@ constexpr int kWarp = 32;
 constexpr float kRoundMagic = 12582912.0f;
 constexpr int kRoundMagicBits = 0x4B400000;
 
-/// Where the code of a column stands in a row: inside 64 columns the 8-byte words 0..7 go to
-/// 0 2 4 6 1 3 5 7, so that the 16 bytes that a lane feeds to two mma m16n8k32 are neighbours.
-__host__ __device__ inline int64_t code_position(int64_t col) {
+/// Byte of the code of (row, col).
+/// kLanes: rows one after the other; inside 64 columns the 8-byte words 0..7 go to 0 2 4 6 1 3 5 7,
+/// so that the 16 bytes that a lane feeds to two mma m16n8k32 are neighbours.
+/// kTiles: tiles of 128 rows x 128 columns, row after row; of 32 columns the first half of each
+/// 8 goes before all second halves, as the nibbles of the weights do (weights.h); 16-byte words of
+/// a row are swizzled as wgmma reads them. kTilesFp8: the same, but of 8 columns 0 4 1 5 come
+/// first.
+__device__ inline int64_t code_offset(const RoundedRows& x, int64_t row, int64_t col) {
   const int64_t word = col >> 3 & 7;
-  return (col & ~int64_t{63}) | (word < 4 ? 2 * word : 2 * word - 7) << 3 | (col & 7);
+  if (x.order == CodeOrder::kLanes) {
+    return row * x.padded_cols +
+           ((col & ~int64_t{63}) | (word < 4 ? 2 * word : 2 * word - 7) << 3 | (col & 7));
+  }
+  int64_t at = col & 7;
+  if (x.order == CodeOrder::kTilesFp8) at = at < 4 ? 2 * at : 2 * at - 7;
+  const int64_t chunk = (col >> 4 & 6) | at >> 2;  // of 16 bytes: two for 32 columns
+  return (row / kRowStep * (x.padded_cols / kBlockCols) + col / kBlockCols) *
+             (kRowStep * kBlockCols) +
+         row % kRowStep * kBlockCols + (chunk ^ (row & 7)) * 16 + (word & 3) * 4 + (at & 3);
+}
+
+/// Index of the scale of a row's group.
+__device__ inline int64_t scale_offset(const RoundedRows& x, int64_t row, int64_t group) {
+  return (row / kRowStep * x.n_groups + group) * kRowStep + row % kRowStep;
+}
+
+/// Where a lane finds the codes and the scales of a panel; + kSetCodes a block of 128 columns,
+/// + kSetScales a group.
+constexpr int kSetCodes = kSetPanels * 2 * kWarp, kSetScales = kSetPanels * 8;
+__device__ inline const uint4* panel_codes(const FragmentView& w, int64_t panel) {
+  return w.codes + panel / kSetPanels * (w.padded_cols / kBlockCols) * kSetCodes +
+         panel % kSetPanels * 2 * kWarp;
+}
+__device__ inline const __half2* panel_scales(const FragmentView& w, int64_t panel) {
+  return w.scales + panel / kSetPanels * w.n_groups * kSetScales + panel % kSetPanels * 8;
+}
+
+/// A small whole number as the byte that stands for it.
+__device__ inline uint8_t code_byte(CodeOrder order, float code) {
+  return order == CodeOrder::kTilesFp8
+             ? __nv_cvt_float_to_fp8(code, __NV_SATFINITE, __NV_E4M3)
+             : static_cast<uint8_t>(static_cast<int8_t>(static_cast<int>(code)));
+}
+__device__ inline int code_at(const RoundedRows& x, int64_t row, int64_t col) {
+  const uint8_t byte = x.codes[code_offset(x, row, col)];
+  return x.order == CodeOrder::kTilesFp8
+             ? static_cast<int>(__half2float(__half(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3))))
+             : static_cast<int8_t>(byte);
 }
 
 /// A whole number below 2^23 as a float; a conversion instruction takes eight times as long.

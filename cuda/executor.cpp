@@ -14,6 +14,7 @@ namespace {
 RowsJob plain_rows(const float* x, int64_t rows, int64_t cols) {
   RowsJob job = {};
   job.x = x;
+  job.n_parts = 1;
   job.rows = rows;
   job.cols = cols;
   job.bits = 16;
@@ -30,17 +31,19 @@ void add_transform(RowsJob& job, const CudaTransform& transform, bool inverse, f
   job.transformed = to;
 }
 
-void add_rounding(RowsJob& job, const ActQuant& act, Arena& arena) {
+void add_rounding(RowsJob& job, const ActQuant& act, const Gpu& gpu, Arena& arena) {
   job.bits = act.bits;
   job.clip = act.clip;
   job.full_range = act.full_range;
   RoundedRows& to = job.rounded;
   to.padded_cols = (job.cols + kBlockCols - 1) / kBlockCols * kBlockCols;
-  to.stride = (job.rows + kRowStep - 1) / kRowStep * kRowStep;
   to.group = static_cast<int32_t>(act.group >= job.cols ? to.padded_cols : act.group);
   to.group_shift = group_shift(to.group, to.padded_cols);
-  to.codes = arena.take<int8_t>(to.stride * to.padded_cols);
-  to.scales = arena.take<float>((job.cols + to.group - 1) / to.group * to.stride);
+  to.order = code_order(job.rows, act.bits, gpu);
+  const int64_t padded_rows = (job.rows + kRowStep - 1) / kRowStep * kRowStep;
+  to.n_groups = static_cast<int32_t>((to.padded_cols + to.group - 1) / to.group);
+  to.codes = arena.take<uint8_t>(padded_rows * to.padded_cols);
+  to.scales = arena.take<float>(padded_rows * to.n_groups);
 }
 
 // The linears of one operation, from their input on. Built once to count memory, once for real.
@@ -65,7 +68,7 @@ class LinearsPlan {
       if (!linear.rounds_input() || rounding_of(linear.act)) continue;
       RowsJob job = roundings_.empty() ? first : plain_rows(input_, op_.rows, op_.cols);
       pending = false;
-      add_rounding(job, linear.act, arena_);
+      add_rounding(job, linear.act, gpu_, arena_);
       for (int j = i; j < op_.n_linears; ++j) {
         const CudaLinear& other = *op_.linears[j];
         const bool dense = !is_integer(*other.weight);
@@ -106,9 +109,11 @@ class LinearsPlan {
            (!linear.branch_a ||
             (linear.branch_a->has_fragments() && linear.branch_b->has_fragments()));
   }
-  void launch_packed(const PackedJob& job) const {
-    if (!launching() || job.n_segments == 0) return;
-    job.rows <= kMatvecRows ? launch_packed_matvec(job, gpu_) : launch_packed_gemm(job, gpu_);
+  static bool takes(const CudaLinear& linear, const Rounding& rounding) {
+    return all_fragments(linear) && linear.act == rounding.act;
+  }
+  void launch(const PackedJob& job) const {
+    if (launching() && job.n_segments > 0) launch_packed(job, gpu_);
   }
 
   // All linears of one rounding that the tensor-core kernels take: first every x' A^T, then all.
@@ -117,29 +122,46 @@ class LinearsPlan {
     down.x = main.x = rounding.rows;
     down.rows = main.rows = op_.rows;
     std::vector<RowsJob> narrow;
+    // x' A^T has few rows of weights: its columns are shared out too, so that more of the device
+    // works, and the parts are added when h is rounded.
+    int n_branches = 0;
+    for (int i = 0; i < op_.n_linears; ++i) {
+      n_branches += takes(*op_.linears[i], rounding) && op_.linears[i]->branch_a;
+    }
+    const int64_t n_parts =
+        op_.rows <= kMatvecRows || n_branches == 0 ? 1 : kMaxLinears / n_branches;
     for (int i = 0; i < op_.n_linears; ++i) {
       const CudaLinear& linear = *op_.linears[i];
-      if (!all_fragments(linear) || !(linear.act == rounding.act)) continue;
+      if (!takes(linear, rounding)) continue;
       PackedSegment& segment = main.segments[main.n_segments++];
       segment.w = linear.weight->fragments();
       segment.y = op_.outs[i];
       segment.stream = stream_;
       if (!linear.branch_a) continue;
-      float* h = arena_.take<float>(op_.rows * linear.rank());
-      PackedSegment& factor = down.segments[down.n_segments++];
-      factor.w = linear.branch_a->fragments();
-      factor.y = h;
-      RowsJob job = plain_rows(h, op_.rows, linear.rank());
-      add_rounding(job, linear.branch_act, arena_);
+      const FragmentView& a = linear.branch_a->fragments();
+      const int64_t n_blocks = a.padded_cols / kBlockCols;
+      RowsJob job = plain_rows(nullptr, op_.rows, linear.rank());
+      job.n_parts = std::min(n_parts, n_blocks);
+      float* h = arena_.take<float>(job.n_parts * op_.rows * linear.rank());
+      job.x = h;
+      for (int64_t part = 0; part < job.n_parts; ++part) {
+        PackedSegment& factor = down.segments[down.n_segments++];
+        factor.w = a;
+        factor.y = h + part * op_.rows * linear.rank();
+        factor.first_block = static_cast<int32_t>(part * n_blocks / job.n_parts);
+        factor.n_blocks =
+            static_cast<int32_t>((part + 1) * n_blocks / job.n_parts) - factor.first_block;
+      }
+      add_rounding(job, linear.branch_act, gpu_, arena_);
       segment.b = linear.branch_b->fragments();
       segment.h = job.rounded;
       narrow.push_back(job);
     }
-    launch_packed(down);
+    launch(down);
     for (const RowsJob& job : narrow) {
       if (launching()) launch_rows(job, gpu_);
     }
-    launch_packed(main);
+    launch(main);
   }
 
   // One product with any matrix. `rounded` null: the input is f32.
@@ -154,7 +176,7 @@ class LinearsPlan {
       job.segments[0].w = matrix.fragments();
       job.segments[0].y = y;
       job.segments[0].accumulate = accumulate;
-      launch_packed(job);
+      launch(job);
     } else if (rounded && is_integer(matrix)) {
       launch_packed_simple({matrix.canonical(), *rounded, y, op_.rows, accumulate}, gpu_);
     } else {
@@ -177,7 +199,7 @@ class LinearsPlan {
     product(*linear.branch_a, packed_a ? &rounding->rows : nullptr, input_, h, false);
     if (rounding && is_integer(*linear.branch_b)) {
       RowsJob job = plain_rows(h, op_.rows, linear.rank());
-      add_rounding(job, linear.branch_act, arena_);
+      add_rounding(job, linear.branch_act, gpu_, arena_);
       if (launching()) launch_rows(job, gpu_);
       product(*linear.branch_b, &job.rounded, nullptr, op_.outs[i], true);
     } else {
@@ -195,6 +217,16 @@ class LinearsPlan {
 };
 
 }  // namespace
+
+CodeOrder code_order(int64_t rows, int bits, const Gpu& gpu) {
+  if (rows <= kMatvecRows) return CodeOrder::kLanes;
+  return gpu.facts.major == 9 && bits <= 4 ? CodeOrder::kTilesFp8 : CodeOrder::kTiles;
+}
+
+void launch_packed(const PackedJob& job, const Gpu& gpu) {
+  if (job.x.order == CodeOrder::kLanes) return launch_packed_matvec(job, gpu);
+  gpu.facts.major == 9 ? launch_twin_gemm(job, gpu) : launch_packed_gemm(job, gpu);
+}
 
 bool Executor::reserve(std::span<const Op> ops, int64_t max_keys) {
   counted_ = 0;

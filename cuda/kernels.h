@@ -2,7 +2,7 @@
 //
 // A job holds pointers to device memory and sizes, no ownership. launch_<name>() checks what the
 // kernel requires and enqueues it on the GPU's stream. Read next: rows.cu, packed_matvec.cu,
-// packed_gemm.cu, dense_linear.cu, heads.cu, attention_decode.cu.
+// packed_gemm.cu, twin_gemm.cu, dense_linear.cu, heads.cu, attention_decode.cu.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -15,22 +15,34 @@
 
 namespace tq::cuda {
 
+/// How codes of rounded rows stand in memory (code_offset, device.cuh): what a product reads.
+enum class CodeOrder : int32_t {
+  kLanes,    // few rows: packed_matvec.cu
+  kTiles,    // many: packed_gemm.cu, twin_gemm.cu; 128 rows x 128 columns are one piece of 16 KB
+  kTilesFp8  // the same as e4m3 numbers, for up to 4 bits: twin_gemm.cu
+};
+
 /// Rows rounded to integer codes. Rows are allocated to a multiple of kRowStep, so that kernels may
 /// read whole tiles; what they compute from the surplus is not written anywhere.
 struct RoundedRows {
-  int8_t* codes;        // [rows, padded_cols], 8-byte words interleaved (code_position, device.cuh)
-  float* scales;        // [n_groups, stride]
+  uint8_t* codes;  // padded_cols bytes a row
+  CodeOrder order;
+  float* scales;        // [rows / kRowStep, n_groups, kRowStep] (scale_offset, device.cuh)
   int64_t padded_cols;  // multiple of kBlockCols; codes behind the last column are 0
-  int64_t stride;       // rows up to a multiple of kRowStep
   int32_t group;        // columns a scale; at least padded_cols if there is one group
   int32_t group_shift;  // of a power of two, or of one group (weights.h)
+  int32_t n_groups;     // of padded_cols columns
 };
 constexpr int64_t kRowStep = 128;
+constexpr int64_t kMatvecRows = 16;
+/// The order that launch_packed() reads on this GPU.
+CodeOrder code_order(int64_t rows, int bits, const Gpu& gpu);
 
 /// What happens to every row x on its way into a linear, in this order; each part is optional.
 struct RowsJob {
   int64_t rows, cols;
-  const float* x;     // [rows, cols]
+  const float* x;     // [n_parts, rows, cols]; x is their sum
+  int64_t n_parts;    // at least 1
   const float* term;  // x += term
   const float* up;    // x = silu(x) * up
   float* sum;         // the result so far goes here (term, up)
@@ -53,8 +65,8 @@ struct RowsJob {
 void launch_rows(const RowsJob& job, const Gpu& gpu);
 
 /// canonical Q4 -> fragment order (weights.h).
-void launch_repack(const CanonicalView& from, int64_t n_panels, int64_t padded_cols, uint4* codes,
-                   __half2* scales, const Gpu& gpu);
+void launch_repack(const CanonicalView& from, int64_t n_panels, int64_t padded_cols,
+                   int64_t n_groups, uint4* codes, __half2* scales, const Gpu& gpu);
 
 /// Bytes per second that the device reads; takes some milliseconds and 1 GiB.
 double measure_read_bandwidth(const Gpu& gpu);
@@ -95,6 +107,8 @@ struct PackedSegment {
   float* y;
   bool accumulate;
   float* stream;  // [m, out] += y, or null: the residual stream
+  // Blocks of 128 columns of w that take part, for many rows; n_blocks 0: all.
+  int32_t first_block, n_blocks;
 };
 struct PackedJob {
   RoundedRows x;
@@ -102,9 +116,11 @@ struct PackedJob {
   int32_t n_segments;
   PackedSegment segments[kMaxLinears];
 };
-constexpr int64_t kMatvecRows = 16;
+/// By the order of the codes and the GPU one of the three below.
+void launch_packed(const PackedJob& job, const Gpu& gpu);
 void launch_packed_matvec(const PackedJob& job, const Gpu& gpu);
 void launch_packed_gemm(const PackedJob& job, const Gpu& gpu);
+void launch_twin_gemm(const PackedJob& job, const Gpu& gpu);
 
 /// cos and sin of positions [0, n): angles [n, half] of (cos, sin), as cpu/ops.h defines them.
 void launch_rope_angles(const float* inv_freq, int64_t half, float factor, int64_t n,

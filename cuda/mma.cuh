@@ -88,12 +88,43 @@ __device__ inline uint32_t high_nibbles(uint32_t word) {
   return word & 0xF0F0F0F0u;
 }
 
+/// Byte i of the result is byte (nibble i of pick) of low and high together; nibbles below 8.
+/// (__byte_perm() masks them first.)
+__device__ inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t pick) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(pick));
+  return bytes;
+}
+
+/// Signed nibbles as e4m3 numbers, four in the order they stand: two tables of eight, one for each
+/// sign, and a choice between them.
+__device__ inline void nibbles_fp8(uint32_t word, uint32_t& first, uint32_t& second) {
+  const auto convert = [](uint32_t magnitudes, uint32_t signs) {
+    const uint32_t positive = pick_bytes(0x44403800u, 0x4E4C4A48u, magnitudes);  // 0..7
+    const uint32_t negative = pick_bytes(0xCACCCED0u, 0xB8C0C4C8u, magnitudes);  // -8..-1
+    return pick_bytes(positive, negative, signs);
+  };
+  const uint32_t magnitudes = word & 0x77777777u, signs = (word >> 1 & 0x44444444u) | 0x32103210u;
+  first = convert(magnitudes, signs);
+  second = convert(magnitudes >> 16, signs >> 16);
+}
+
+/// The A operand of 32 columns from the words of a lane's two rows: s8 16 * code, or e4m3.
+template <bool kFp8>
+__device__ inline void expand_codes(uint32_t row, uint32_t row_8, uint32_t (&a)[4]) {
+  if constexpr (kFp8) {
+    nibbles_fp8(row, a[0], a[2]);
+    nibbles_fp8(row_8, a[1], a[3]);
+  } else {
+    a[0] = low_nibbles(row), a[1] = low_nibbles(row_8);
+    a[2] = high_nibbles(row), a[3] = high_nibbles(row_8);
+  }
+}
+
 /// The A operands of 2 x 32 columns from a lane's 16 bytes (weights.h, fragment order).
 __device__ inline void expand_codes(const uint4& words, uint32_t (*a)[4]) {
-  a[0][0] = low_nibbles(words.x), a[0][1] = low_nibbles(words.y);
-  a[0][2] = high_nibbles(words.x), a[0][3] = high_nibbles(words.y);
-  a[1][0] = low_nibbles(words.z), a[1][1] = low_nibbles(words.w);
-  a[1][2] = high_nibbles(words.z), a[1][3] = high_nibbles(words.w);
+  expand_codes<false>(words.x, words.y, a[0]);
+  expand_codes<false>(words.z, words.w, a[1]);
 }
 
 }  // namespace tq::cuda

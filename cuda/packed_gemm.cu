@@ -1,11 +1,12 @@
-// packed_gemm - 4-bit linears for many tokens on the tensor cores, both components in one kernel.
+// packed_gemm - 4-bit linears for many tokens on the tensor cores, both components in one kernel,
+// on any GPU from compute capability 8.0 on. Hopper's own is twin_gemm.cu.
 //
 // packed_gemm - y_s (+)= x' R_s^T + h_s' B_s^T for all linears s that read the same rounded x
 // Shapes    R, B in fragment order (weights.h), x', h' rounded rows, y_s [m, out_s] f32
 // Work      a block 128 rows of weights x 64 tokens; its 8 warps 32 rows x 32 tokens each. Columns
 //           in stages of 128: codes of both sides and their scales arrive in shared memory by
 //           cp.async, three stages deep. Weights are operand A, expanded from nibbles in registers
-//           once a stage; tokens are operand B, 16 bytes a lane. The low-rank component is a few
+//           once a stage; tokens are operand B. The low-rank component is a few
 //           more stages of the same loop: no second pass, no second write
 // Memory    8 KB of weights and 8 KB of tokens a stage for 2^20 products: 128 operations a byte of
 //           second-level cache. Bound: the issue of instructions. For each mma m16n8k32 pair (64
@@ -32,42 +33,34 @@ constexpr int kStages = 3;
 constexpr int kTileRows = 128, kTileTokens = 64;
 constexpr int kWarpTokens = 32;
 constexpr int kTilesTogether = 2;
-constexpr int kPanels = kTileRows / kPanelRows;
-constexpr int kGroups = 4;  // scales of a stage at most: groups of 32
+constexpr int kPanels = kTileRows / kPanelRows;         // a set
+constexpr int kTokenTile = kRowStep * kBlockCols / 16;  // 16-byte words from stage to stage
+constexpr int kGroups = 4;                              // scales of a stage at most: groups of 32
 
 struct Stage {
   uint4 weights[kPanels][2 * kWarp];           // [panel][half of 64 columns, lane]
-  uint4 tokens[kTileTokens][8];                // 128 codes a token, 16-byte words swizzled
-  __half2 weight_scales[kPanels][kGroups][8];  // pairs of rows
+  uint4 tokens[kTileTokens][8];                // as they lie in memory (code_offset)
+  __half2 weight_scales[kGroups][kPanels][8];  // pairs of rows
   float token_scales[kGroups][kTileTokens];
 };
 
 // One side of the product, as one thread copies it: matrix and tokens over the same columns.
 struct Source {
-  const uint4 *weights, *tokens;  // the thread's first word; + stage * step
-  int64_t weight_step;            // from half of the panels to the other
-  int64_t token_step;             // from half of the tokens to the other
-  const __half2* weight_scales;   // + group * 8
-  const float* token_scales;      // + group * stride
-  int64_t stride;
-  int w_shift, x_shift, last_group;
+  const uint4 *weights, *tokens;  // the thread's first word
+  const __half2* weight_scales;
+  const float* token_scales;
+  int w_shift, x_shift;
 
-  __device__ Source(const FragmentView& w, const RoundedRows& x, int64_t first_panel,
-                    int64_t first_token) {
+  __device__ Source(const FragmentView& w, const RoundedRows& x, int64_t set, int64_t first_token) {
     const int thread = threadIdx.x;
-    const int64_t words = w.padded_cols / 64 * kWarp;  // of a panel
-    weights = w.codes + (first_panel + thread / 64) * words + thread % 64;
-    weight_step = 4 * words;
+    weights = panel_codes(w, set * kPanels) + thread;
     tokens = reinterpret_cast<const uint4*>(x.codes) +
-             (first_token + thread / 8) * (x.padded_cols / 16) + thread % 8;
-    token_step = 32 * (x.padded_cols / 16);
-    weight_scales =
-        w.scales + (first_panel + thread / 2 % kPanels) * w.n_groups * 8 + thread % 2 * 4;
-    token_scales = x.scales + first_token + thread % 16 * 4;
-    stride = x.stride;
+             first_token / kRowStep * (x.padded_cols / kBlockCols) * kTokenTile +
+             first_token % kRowStep * 8 + thread;
+    weight_scales = panel_scales(w, set * kPanels) + thread % 64 * 4;
+    token_scales = x.scales + scale_offset(x, first_token, 0) + thread % 16 * 4;
     w_shift = w.group_shift;
     x_shift = x.group_shift;
-    last_group = static_cast<int>(w.cols - 1);
   }
 
   // Columns [128 index, 128 index + 128).
@@ -75,29 +68,20 @@ struct Source {
     const int thread = threadIdx.x;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      copy_async(&stage.weights[thread / 64 + 4 * i][thread % 64],
-                 weights + i * weight_step + index * 2 * kWarp);
+      copy_async(&stage.weights[0][thread + i * kThreads],
+                 weights + index * kSetCodes + i * kThreads);
+      copy_async(&stage.tokens[0][thread + i * kThreads],
+                 tokens + index * kTokenTile + i * kThreads);
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      // Two tokens that a quarter of a warp reads together differ in the lowest bit.
-      const int token = thread / 8 + 32 * i;
-      copy_async(&stage.tokens[token][thread % 8 ^ (token & 1) * 4],
-                 tokens + i * token_step + index * 8);
-    }
-    // Scales of the groups that the stage touches: up to four a side, 16 words each.
-    if (thread < 64) {
-      const int group = thread / 16, col = index * kBlockCols + (group << min(w_shift, 7));
-      if (group < kBlockCols >> min(w_shift, 7)) {
-        copy_async(&stage.weight_scales[thread / 2 % kPanels][group][thread % 2 * 4],
-                   weight_scales + (min(col, last_group) >> w_shift) * 8);
-      }
-    } else if (thread < 128) {
-      const int group = thread / 16 - 4, col = index * kBlockCols + (group << min(x_shift, 7));
-      if (group < kBlockCols >> min(x_shift, 7)) {
-        copy_async(&stage.token_scales[group][thread % 16 * 4],
-                   token_scales + (min(col, last_group) >> x_shift) * stride);
-      }
+    // Scales of the groups that the stage touches, up to four a side: 16 words each.
+    const int group = thread % 64 / 16;
+    const int64_t col = index * kBlockCols;
+    if (thread < 64 && group < kBlockCols >> min(w_shift, 7)) {
+      copy_async(&stage.weight_scales[0][0][0] + thread * 4,
+                 weight_scales + (col >> w_shift) * kSetScales);
+    } else if (thread >= 64 && thread < 128 && group < kBlockCols >> min(x_shift, 7)) {
+      copy_async(&stage.token_scales[group][thread % 16 * 4],
+                 token_scales + ((col >> x_shift) + group) * kRowStep);
     }
   }
 };
@@ -119,7 +103,7 @@ __device__ inline void multiply(const Stage& stage, int w_shift, int x_shift, in
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
       const int group = i * kInner >> min(w_shift, 7);
-      const float2 w = __half22float2(stage.weight_scales[warp_row * 2 + panel][group][lane / 4]);
+      const float2 w = __half22float2(stage.weight_scales[group][warp_row * 2 + panel][lane / 4]);
       w_scales[panel][i] = make_float2(w.x * 0.0625f, w.y * 0.0625f);  // dots are 16 * dot
     }
   }
@@ -130,12 +114,13 @@ __device__ inline void multiply(const Stage& stage, int w_shift, int x_shift, in
     IntTile dots[kTilesTogether][2];
 #pragma unroll
     for (int i = 0; i < kTilesTogether; ++i) {
-      const int token = warp_token * kWarpTokens + (first + i) * 8 + lane / 4;
-      const int swizzle = (token & 1) * 4;
-      const uint4 low = stage.tokens[token][lane % 4 ^ swizzle];
-      const uint4 high = stage.tokens[token][(4 + lane % 4) ^ swizzle];
-      b[i][0][0] = low.x, b[i][0][1] = low.y, b[i][1][0] = low.z, b[i][1][1] = low.w;
-      b[i][2][0] = high.x, b[i][2][1] = high.y, b[i][3][0] = high.z, b[i][3][1] = high.w;
+      // Eight lanes an 8 x 16-byte matrix: the two halves of 32 columns, then those of the next 32.
+      const int token = warp_token * kWarpTokens + (first + i) * 8 + lane % 8;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int word = half * 4 + lane / 8;
+        load_matrices<false>(b[i][half * 2], &stage.tokens[token][word ^ (token & 7)]);
+      }
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -176,13 +161,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   while (tile >= n_tiles(which)) tile -= n_tiles(which++);
   const PackedSegment& segment = job.segments[which];
   const int64_t first_token = blockIdx.x * int64_t{kTileTokens};
-  const Source main(segment.w, job.x, tile * kPanels, first_token);
-  const Source low_rank(segment.b, segment.h, tile * kPanels, first_token);
-  const int n_main = static_cast<int>(segment.w.padded_cols / kBlockCols);
+  const Source main(segment.w, job.x, tile, first_token);
+  const Source low_rank(segment.b, segment.h, tile, first_token);
+  const int n_main = segment.n_blocks > 0 ? segment.n_blocks
+                                          : static_cast<int>(segment.w.padded_cols / kBlockCols);
   const int n_stages = n_main + static_cast<int>(segment.b.padded_cols / kBlockCols);
   const auto load = [&](int index) {
     if (index < n_main) {
-      main.load(stages[index % kStages], index);
+      main.load(stages[index % kStages], segment.first_block + index);
     } else if (index < n_stages) {
       low_rank.load(stages[index % kStages], index - n_main);
     }
@@ -224,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 void launch_packed_gemm(const PackedJob& job, const Gpu& gpu) {
-  TQ_CHECK(job.n_segments > 0 && job.n_segments <= kMaxLinears);
+  TQ_CHECK(job.n_segments > 0 && job.n_segments <= kMaxLinears && job.x.order == CodeOrder::kTiles);
   if (job.rows == 0) return;
   int64_t n_tiles = 0;
   int shift = 7;  // of the smallest group

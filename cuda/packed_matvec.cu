@@ -32,21 +32,20 @@ struct Stream {
   static constexpr int kScales = kGroups32 ? 2 : 1;  // of a block of 64 columns
   static constexpr int kUnroll = kTiles * kScales > 1 ? 2 : 4;
 
-  const uint4* codes;     // + block * 32
-  const __half2* scales;  // + group * 8
+  const uint4* codes;     // + block / 2 * kSetCodes + block % 2 * 32
+  const __half2* scales;  // + group * kSetScales
   const int8_t* x;        // of the lane's token, + block * 64
-  const float* x_scales;  // of the lane's two tokens, + group * stride
-  int x_tile, stride;     // from 8 tokens to the next 8; from a group to the next
+  const float* x_scales;  // of the lane's two tokens, + group * kRowStep
+  int x_tile;             // from 8 tokens to the next 8
   int w_shift, x_shift;
 
   __device__ Stream(const FragmentView& w, const RoundedRows& rows, int64_t panel) {
     const int lane = threadIdx.x % kWarp;
-    codes = w.codes + panel * (w.padded_cols / 64) * kWarp + lane;
-    scales = w.scales + panel * w.n_groups * 8 + lane / 4;
-    x = rows.codes + lane / 4 * rows.padded_cols + lane % 4 * 16;
+    codes = panel_codes(w, panel) + lane;
+    scales = panel_scales(w, panel) + lane / 4;
+    x = reinterpret_cast<const int8_t*>(rows.codes) + lane / 4 * rows.padded_cols + lane % 4 * 16;
     x_scales = rows.scales + lane % 4 * 2;
     x_tile = static_cast<int>(8 * rows.padded_cols);
-    stride = static_cast<int>(rows.stride);
     w_shift = w.group_shift;
     x_shift = rows.group_shift;
   }
@@ -63,10 +62,11 @@ struct Stream {
       // Behind the end: any block, with codes 0.
       const bool inside = first + i * kWarps < n_blocks;
       const int block = inside ? first + i * kWarps : 0;
-      to.words[i] = inside ? __ldcs(codes + block * kWarp) : make_uint4(0, 0, 0, 0);
+      to.words[i] = inside ? __ldcs(codes + (block >> 1) * kSetCodes + (block & 1) * kWarp)
+                           : make_uint4(0, 0, 0, 0);
 #pragma unroll
       for (int j = 0; j < kScales; ++j) {
-        to.w[i][j] = scales[((block * 64 + j * 32) >> w_shift) * 8];
+        to.w[i][j] = scales[((block * 64 + j * 32) >> w_shift) * kSetScales];
       }
     }
   }
@@ -80,8 +80,8 @@ struct Stream {
 #pragma unroll
         for (int j = 0; j < kScales; ++j) {
           const int group = (block * 64 + j * 32) >> x_shift;
-          to.by[i][j][tile] =
-              *reinterpret_cast<const float2*>(x_scales + group * stride + tile * 8);
+          to.by[i][j][tile] = *reinterpret_cast<const float2*>(
+              x_scales + group * static_cast<int>(kRowStep) + tile * 8);
         }
       }
     }
@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
 }  // namespace
 
 void launch_packed_matvec(const PackedJob& job, const Gpu& gpu) {
-  TQ_CHECK(job.rows <= kMatvecRows && job.n_segments > 0 && job.n_segments <= kMaxLinears);
+  TQ_CHECK(job.rows <= kMatvecRows && job.x.order == CodeOrder::kLanes && job.n_segments > 0 &&
+           job.n_segments <= kMaxLinears);
   if (job.rows == 0) return;
   int64_t n_panels = 0;
   for (int i = 0; i < job.n_segments; ++i) n_panels += job.segments[i].w.n_panels;

@@ -32,8 +32,9 @@ bool few_tokens(const Op& op) {
 
 }  // namespace
 
-Queue::Queue(int device) {
+Queue::Queue(int device, bool portable) {
   gpu_.facts = open_device(device);
+  if (portable) gpu_.facts.major = 8, gpu_.facts.minor = 0;
   // Ordered after the default stream, where memory is cleared.
   cuda_check(cudaStreamCreate(&gpu_.stream), "creating a stream");
   cuda_check(cudaEventCreateWithFlags(&input_sent_, cudaEventDisableTiming), "creating an event");

@@ -17,7 +17,8 @@ namespace tq::cuda {
 
 class Queue {
  public:
-  explicit Queue(int device);
+  /// portable: launches what a GPU of compute capability 8.0 can do.
+  explicit Queue(int device, bool portable = false);
   ~Queue();
   Queue(const Queue&) = delete;
   const Gpu& gpu() const { return gpu_; }

@@ -1,10 +1,11 @@
 // rows - everything that happens to a row of activations before a matrix product, in one pass.
 //
-// rows - x' = round(H(rms_norm(silu(x + term) * up)))   each part optional (kernels.h, RowsJob)
+// rows - x' = round(H(rms_norm(silu(sum x + term) * up)))   each part optional (kernels.h, RowsJob)
 // Shapes    x, term, up [rows, cols] f32; codes [rows, padded_cols] s8, scales [group, row] f32
 // Work      a block of threads a row, or 512 columns of one of few; it stays in shared memory
 // between
-//           the parts; a warp rounds a group, or 128 columns
+//           the parts; a warp rounds a group, or 128 columns. Of few rows a transform with a base
+//           matrix is two kernels of many blocks: butterflies of the parts, then the base matrix
 // Memory    each input read once, each wanted result written once -> DRAM in prefill; decode is
 //           one row, so one block: latency
 // Constants 32 floats + 1 of padding in shared memory: the butterflies of neighbouring elements
@@ -22,9 +23,9 @@
 namespace tq::cuda {
 namespace {
 
-constexpr int64_t kChunk = 512;  // columns of a block where several share a row: whole groups
+constexpr int kChunk = 512;  // columns of a block where several share a row: whole groups
 
-__host__ __device__ constexpr int64_t padded_index(int64_t i) {
+__host__ __device__ constexpr int padded_index(int i) {
   return i + (i >> 5);
 }
 
@@ -68,11 +69,12 @@ struct GroupScale {
   }
 };
 
-// kRadix = 2^n: n butterfly stages, strides half, 2 half, ..., on every part of `inner` elements.
+// kRadix = 2^n: n butterfly stages, strides 2^log_half, twice that, ..., on all of the row.
 template <int kRadix>
-__device__ void butterfly_pass(float* v, int64_t count, int64_t half) {
-  for (int64_t item = threadIdx.x; item < count / kRadix; item += blockDim.x) {
-    const int64_t first = item / half * (half * kRadix) + item % half;
+__device__ void butterfly_pass(float* v, int count, int log_half) {
+  const int half = 1 << log_half;
+  for (int item = threadIdx.x; item < count / kRadix; item += blockDim.x) {
+    const int first = (item >> log_half << log_half) * kRadix + (item & (half - 1));
     float part[kRadix];
 #pragma unroll
     for (int i = 0; i < kRadix; ++i) part[i] = v[padded_index(first + i * half)];
@@ -92,81 +94,151 @@ __device__ void butterfly_pass(float* v, int64_t count, int64_t half) {
   __syncthreads();
 }
 
-// The row in shared memory -> transformed row in `to` (device memory).
-__device__ void hadamard(const RowsJob& job, float* v, float* to) {
-  if (job.signs && !job.inverse) {
-    for (int64_t i = threadIdx.x; i < job.cols; i += blockDim.x) {
-      if (job.signs[i] < 0) v[padded_index(i)] = -v[padded_index(i)];
+// The last step of a transform in place: element i of each of the m parts of a block becomes a
+// signed sum of the m elements at the same place. kM = m: they are in registers; 0: any m, from `v`
+// to `to`.
+template <int kM>
+__device__ void base_stage(const RowsJob& job, float* v, const float* base) {
+  const int inner = static_cast<int>(job.block) / kM;
+  const int n_places = static_cast<int>(job.cols) / kM;
+  for (int place = threadIdx.x; place < n_places; place += blockDim.x) {
+    const int first = place / inner * static_cast<int>(job.block) + place % inner;
+    float parts[kM];
+#pragma unroll
+    for (int i = 0; i < kM; ++i) parts[i] = v[padded_index(first + i * inner)];
+#pragma unroll 4
+    for (int row = 0; row < kM; ++row) {
+      float sum = base[row * kM] * parts[0];
+#pragma unroll
+      for (int i = 1; i < kM; ++i) sum = fmaf(base[row * kM + i], parts[i], sum);
+      v[padded_index(first + row * inner)] = sum;
     }
-    __syncthreads();
   }
-  const int64_t m = job.base_order, inner = job.block / m;
-  // Stages never leave a part of `inner` = 2^k elements, and those tile the row.
-  int64_t half = 1;
-  for (; half * 8 <= inner; half *= 8) butterfly_pass<8>(v, job.cols, half);
-  if (half * 4 <= inner) {
-    butterfly_pass<4>(v, job.cols, half);
-  } else if (half * 2 <= inner) {
-    butterfly_pass<2>(v, job.cols, half);
-  }
-  for (int64_t i = threadIdx.x; i < job.cols; i += blockDim.x) {
-    const int64_t first = i / job.block * job.block, at = i - first;
-    const int64_t lane = at % inner, row = at / inner;
-    float sum = v[padded_index(first + lane)];
-    if (m > 1) {
-      const int64_t step = job.inverse ? 1 : m;
-      const int8_t* signs = job.base + (job.inverse ? row * m : row);
-      sum = signs[0] < 0 ? -sum : sum;
-      for (int64_t from = 1; from < m; ++from) {
-        const float term = v[padded_index(first + from * inner + lane)];
-        sum += signs[from * step] < 0 ? -term : term;
-      }
-    } else {
-      sum = v[padded_index(i)];
+  __syncthreads();
+}
+template <>
+__device__ void base_stage<0>(const RowsJob& job, float* v, const float*) {
+  const int m = static_cast<int>(job.base_order), block = static_cast<int>(job.block);
+  const int inner = block / m, step = job.inverse ? 1 : m;
+  float* to = job.transformed + blockIdx.x * job.cols;
+  for (int i = threadIdx.x; i < job.cols; i += blockDim.x) {
+    const int first = i / block * block, row = (i - first) / inner, place = (i - first) % inner;
+    const int8_t* signs = job.base + (job.inverse ? row * m : row);
+    float sum = 0;
+    for (int from = 0; from < m; ++from) {
+      const float term = v[padded_index(first + from * inner + place)];
+      const float signed_term = signs[from * step] < 0 ? -term : term;
+      sum = from == 0 ? signed_term : sum + signed_term;
     }
-    sum *= job.hadamard_scale;
-    to[i] = job.signs && job.inverse && job.signs[i] < 0 ? -sum : sum;
+    to[i] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < job.cols; i += blockDim.x) v[padded_index(i)] = to[i];
+  __syncthreads();
+}
+
+constexpr int kMaxBase = 36;  // largest base matrix that stands in shared memory
+__host__ __device__ constexpr bool base_in_registers(int64_t m) {
+  return m == 12 || m == 20 || m == 28 || m == 36;
+}
+
+// The base matrix in the order that base_stage<m> sums: base[row * m + from].
+__device__ void load_base(const RowsJob& job, float* base) {
+  const int m = static_cast<int>(job.base_order);
+  for (int i = threadIdx.x; i < m * m; i += blockDim.x) {
+    base[i] = job.base[job.inverse ? i : i % m * m + i / m];
+  }
+}
+
+__device__ void random_signs(const RowsJob& job, int begin, int end, float* v) {
+  for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    if (job.signs[i] < 0) v[padded_index(i - begin)] = -v[padded_index(i - begin)];
+  }
+}
+
+// All butterflies of columns [begin, end) in shared memory. They never leave a part of 2^k
+// elements, and those tile the row.
+__device__ void butterflies(const RowsJob& job, int count, float* v) {
+  const int log_inner = 31 - __clz(static_cast<int>(job.block) / static_cast<int>(job.base_order));
+  int log_half = 0;
+  for (; log_half + 3 <= log_inner; log_half += 3) butterfly_pass<8>(v, count, log_half);
+  if (log_half + 2 == log_inner) {
+    butterfly_pass<4>(v, count, log_half);
+  } else if (log_half + 1 == log_inner) {
+    butterfly_pass<2>(v, count, log_half);
+  }
+}
+
+// The row in shared memory, transformed in place; a copy goes to job.transformed.
+__device__ void hadamard(const RowsJob& job, float* v) {
+  const int cols = static_cast<int>(job.cols), m = static_cast<int>(job.base_order);
+  __shared__ float base[kMaxBase * kMaxBase];
+  if (base_in_registers(m)) load_base(job, base);
+  if (job.signs && !job.inverse) random_signs(job, 0, cols, v);
+  __syncthreads();
+  butterflies(job, cols, v);
+  switch (m) {
+    case 1:
+      break;
+    case 12:
+      base_stage<12>(job, v, base);
+      break;
+    case 20:
+      base_stage<20>(job, v, base);
+      break;
+    case 28:
+      base_stage<28>(job, v, base);
+      break;
+    case 36:
+      base_stage<36>(job, v, base);
+      break;
+    default:
+      base_stage<0>(job, v, base);
+  }
+  float* to = job.transformed + blockIdx.x * job.cols;
+  for (int i = threadIdx.x; i < cols; i += blockDim.x) {
+    const float x = v[padded_index(i)] * job.hadamard_scale;
+    v[padded_index(i)] = to[i] = job.signs && job.inverse && job.signs[i] < 0 ? -x : x;
   }
   __syncthreads();
 }
 
 // One group of any size by a warp. `at(i)` is the value of column i.
 template <typename At>
-__device__ void round_group(const RowsJob& job, int64_t row, int64_t group, const At& at) {
+__device__ void round_group(const RowsJob& job, int64_t row, int group, const At& at) {
   const RoundedRows& to = job.rounded;
   const int lane = threadIdx.x % kWarp;
-  const int64_t begin = group * to.group;
-  const int64_t end = min(begin + to.group, job.cols);
+  const int begin = group * to.group;
+  const int end = min(begin + to.group, static_cast<int>(job.cols));
   // The bit pattern of |x| orders like |x|, NaN above infinity.
   uint32_t largest = 0;
-  for (int64_t i = begin + lane; i < end; i += kWarp) {
+  for (int i = begin + lane; i < end; i += kWarp) {
     largest = max(largest, __float_as_uint(at(i)) & 0x7FFFFFFFu);
   }
   largest = __reduce_max_sync(kFullMask, largest);
   unsigned first = 0xFFFFFFFFu;
-  for (int64_t i = begin + lane; i < end; i += kWarp) {
+  for (int i = begin + lane; i < end; i += kWarp) {
     if ((__float_as_uint(at(i)) & 0x7FFFFFFFu) != largest) continue;
     first = static_cast<unsigned>(i);
     break;
   }
   first = __reduce_min_sync(kFullMask, first);
   const GroupScale by(job, __uint_as_float(largest), at(first));
-  if (lane == 0) to.scales[group * to.stride + row] = by.scale;
-  int8_t* codes = to.codes + row * to.padded_cols;
-  for (int64_t i = begin + lane; i < end; i += kWarp) {
+  if (lane == 0) to.scales[scale_offset(to, row, group)] = by.scale;
+  for (int i = begin + lane; i < end; i += kWarp) {
     const float code = by.code(at(i));
-    codes[code_position(i)] = static_cast<int8_t>(static_cast<int>(code));
+    to.codes[code_offset(to, row, i)] = code_byte(to.order, code);
     if (job.expanded) job.expanded[row * job.cols + i] = by.scale * code;
   }
 }
 
 // Groups of 32, 64 or 128 columns, whole ones: four columns a lane, 128 columns a warp.
 template <typename At>
-__device__ void round_stretch(const RowsJob& job, int64_t row, int64_t stretch, const At& at) {
+__device__ void round_stretch(const RowsJob& job, int64_t row, int stretch, const At& at) {
   const RoundedRows& to = job.rounded;
   const int lane = threadIdx.x % kWarp;
   const int lanes = to.group / 4;  // of a group
-  const int64_t col = stretch * 128 + lane * 4;
+  const int col = stretch * 128 + lane * 4;
   const bool inside = col < job.cols;
   float x[4];
   uint32_t magnitudes[4], largest = 0;
@@ -189,48 +261,65 @@ __device__ void round_stretch(const RowsJob& job, int64_t row, int64_t stretch, 
     first = min(first, __shfl_xor_sync(kFullMask, first, step));
   }
   const GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31));
-  if (!inside) return;
-  if (lane % lanes == 0) to.scales[col / to.group * to.stride + row] = by.scale;
-  char4 codes;
-  float* expanded = job.expanded ? job.expanded + row * job.cols + col : nullptr;
-  signed char* parts = reinterpret_cast<signed char*>(&codes);
+  if (inside && lane % lanes == 0) {
+    to.scales[scale_offset(to, row, col >> to.group_shift)] = by.scale;
+  }
+  float* expanded = job.expanded && inside ? job.expanded + row * job.cols + col : nullptr;
+  uint32_t codes = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float code = by.code(x[i]);
-    parts[i] = static_cast<signed char>(static_cast<int>(code));
+    codes |= uint32_t{code_byte(to.order, code)} << 8 * i;
     if (expanded) expanded[i] = by.scale * code;
   }
-  *reinterpret_cast<char4*>(to.codes + row * to.padded_cols + code_position(col)) = codes;
+  bool stored = inside;
+  if (to.order == CodeOrder::kTilesFp8) {
+    // Of 8 columns the even lane stores 0 4 1 5, the odd one 2 6 3 7.
+    const uint32_t other = __shfl_xor_sync(kFullMask, codes, 1);
+    codes = lane % 2 ? __byte_perm(other, codes, 0x7362) : __byte_perm(codes, other, 0x5140);
+    stored = (col & ~7) < job.cols;
+  }
+  const int first_of_lane = to.order == CodeOrder::kTilesFp8 && lane % 2 ? col - 2 : col;
+  if (stored) *reinterpret_cast<uint32_t*>(to.codes + code_offset(to, row, first_of_lane)) = codes;
 }
 
 // Columns [begin, end) of a row.
 template <typename At>
-__device__ void round_row(const RowsJob& job, int64_t row, int64_t begin, int64_t end,
-                          const At& at) {
+__device__ void round_row(const RowsJob& job, int64_t row, int begin, int end, const At& at) {
   const int group = job.rounded.group;
-  const int64_t warp = threadIdx.x / kWarp, n_warps = blockDim.x / kWarp;
-  if ((group == 32 || group == 64 || group == 128) && job.cols % 4 == 0) {
-    for (int64_t i = begin / 128 + warp; i * 128 < end; i += n_warps) {
+  const int warp = threadIdx.x / kWarp, n_warps = blockDim.x / kWarp;
+  const int cols = static_cast<int>(job.cols);
+  if ((group == 32 || group == 64 || group == 128) && cols % 4 == 0) {
+    for (int i = begin / 128 + warp; i * 128 < end; i += n_warps) {
       round_stretch(job, row, i, at);
     }
   } else {  // one block a row
-    const int64_t n_groups = (job.cols + group - 1) / group;
-    for (int64_t i = warp; i < n_groups; i += n_warps) round_group(job, row, i, at);
+    const int n_groups = (cols + group - 1) / group;
+    for (int i = warp; i < n_groups; i += n_warps) round_group(job, row, i, at);
   }
-  if (end < job.cols) return;
-  for (int64_t i = job.cols + threadIdx.x; i < job.rounded.padded_cols; i += blockDim.x) {
-    job.rounded.codes[row * job.rounded.padded_cols + code_position(i)] = 0;
+  if (end < cols) return;
+  // The padding: codes, and the scales of groups that are nothing else.
+  for (int i = cols + threadIdx.x; i < job.rounded.padded_cols; i += blockDim.x) {
+    job.rounded.codes[code_offset(job.rounded, row, i)] = 0;
+  }
+  for (int i = (cols + group - 1) / group + threadIdx.x; i < job.rounded.n_groups;
+       i += blockDim.x) {
+    job.rounded.scales[scale_offset(job.rounded, row, i)] = 0.0f;
   }
 }
 
 // Elements [at, at + kCount) on their way into shared memory, element i there; the sum of their
 // squares. Not `own`: another block's, wanted for the squares only.
 template <int kCount>
-__device__ double load_elements(const RowsJob& job, int64_t at, int64_t i, bool own, float* v) {
+__device__ double load_elements(const RowsJob& job, int64_t at, int i, bool own, float* v) {
   using Vector = std::conditional_t<kCount == 4, float4, float>;
   const auto get = [&](const float* from) { return *reinterpret_cast<const Vector*>(from + at); };
   Vector vector = get(job.x);
   float* x = reinterpret_cast<float*>(&vector);
+  for (int64_t part = 1; part < job.n_parts; ++part) {
+    const Vector more = get(job.x + part * job.rows * job.cols);
+    for (int j = 0; j < kCount; ++j) x[j] += reinterpret_cast<const float*>(&more)[j];
+  }
   if (job.term) {
     const Vector terms = get(job.term);
     for (int j = 0; j < kCount; ++j) x[j] += reinterpret_cast<const float*>(&terms)[j];
@@ -243,54 +332,115 @@ __device__ double load_elements(const RowsJob& job, int64_t at, int64_t i, bool 
   if (job.sum && own) *reinterpret_cast<Vector*>(job.sum + at) = vector;
   double squares = 0;
   for (int j = 0; j < kCount; ++j) {
-    squares += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+    if (job.gain) squares += static_cast<double>(x[j]) * static_cast<double>(x[j]);
     if (own) v[padded_index(i + j)] = x[j];
   }
   return squares;
 }
 
-__global__ void rows_kernel(const __grid_constant__ RowsJob job, int64_t chunk) {
+__global__ void __launch_bounds__(1024)
+    rows_kernel(const __grid_constant__ RowsJob job, int chunk) {
   begin_kernel();
   extern __shared__ float v[];  // columns [begin, end)
   __shared__ double sums[kWarp];
   const int64_t row = blockIdx.x, first = row * job.cols;
-  const int64_t begin = blockIdx.y * chunk, end = min(begin + chunk, job.cols);
-  const auto own = [&](int64_t i) { return i >= begin && i < end; };
+  const int cols = static_cast<int>(job.cols);
+  const int begin = blockIdx.y * chunk, end = min(begin + chunk, cols);
+  const auto own = [&](int i) { return i >= begin && i < end; };
   // The norm needs the squares of all columns, also where several blocks share a row.
-  const int64_t load_begin = job.gain ? 0 : begin, load_end = job.gain ? job.cols : end;
+  const int load_begin = job.gain ? 0 : begin, load_end = job.gain ? cols : end;
   double squares = 0;
-  if (job.cols % 4 == 0) {
+  if (cols % 4 == 0) {
 #pragma unroll 4
-    for (int64_t i = load_begin + threadIdx.x * 4; i < load_end; i += blockDim.x * 4) {
+    for (int i = load_begin + threadIdx.x * 4; i < load_end; i += blockDim.x * 4) {
       squares += load_elements<4>(job, first + i, i - begin, own(i), v);
     }
   } else {
-    for (int64_t i = load_begin + threadIdx.x; i < load_end; i += blockDim.x) {
+    for (int i = load_begin + threadIdx.x; i < load_end; i += blockDim.x) {
       squares += load_elements<1>(job, first + i, i - begin, own(i), v);
     }
   }
   if (job.gain) {
     const double mean = block_sum(squares, sums) / static_cast<double>(job.cols);
     const float factor = static_cast<float>(1.0 / sqrt(mean + static_cast<double>(job.eps)));
-    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
       const float x = v[padded_index(i - begin)] * factor * job.gain[i];
       if (job.normed) job.normed[first + i] = x;
       v[padded_index(i - begin)] = x;
     }
   }
   __syncthreads();
-  if (job.block > 0) hadamard(job, v, job.transformed + first);
+  if (job.block > 0 && chunk < cols) {  // a part of the row; base_kernel does the rest
+    if (job.signs && !job.inverse) random_signs(job, begin, end, v);
+    __syncthreads();
+    butterflies(job, end - begin, v);
+    for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
+      job.transformed[first + i] = v[padded_index(i - begin)];
+    }
+    return;
+  }
+  if (job.block > 0) hadamard(job, v);
   if (job.bits >= 16) return;
-  if (job.block > 0) {
-    round_row(job, row, begin, end, [&](int64_t i) { return job.transformed[first + i]; });
-  } else {
-    round_row(job, row, begin, end, [&](int64_t i) { return v[padded_index(i - begin)]; });
+  round_row(job, row, begin, end, [&](int i) { return v[padded_index(i - begin)]; });
+}
+
+constexpr int kPlaces = 128, kBaseWarps = 12;
+
+// Few rows: the base matrix on kPlaces places of every part of a block, and the rounding of what
+// comes out, whose stretches of 128 columns lie inside the parts.
+template <int kM>
+__global__ void __launch_bounds__(kBaseWarps* kWarp)
+    base_kernel(const __grid_constant__ RowsJob job) {
+  begin_kernel();
+  __shared__ float base[kM * kM], v[kM][kPlaces];
+  load_base(job, base);
+  const int64_t row = blockIdx.x;
+  const int block = static_cast<int>(job.block), inner = block / kM;
+  const int stretches = inner / kPlaces;  // of a part
+  const int first = blockIdx.y / stretches * block + blockIdx.y % stretches * kPlaces;
+  float* at = job.transformed + row * job.cols + first;
+  constexpr int kTurns = kBaseWarps * kWarp / kPlaces;  // threads of a place
+  const int place = threadIdx.x % kPlaces, turn = threadIdx.x / kPlaces;
+  float parts[kM];
+#pragma unroll
+  for (int i = 0; i < kM; ++i) parts[i] = at[i * inner + place];
+  __syncthreads();  // everyone has read, base is there
+  for (int to = turn; to < kM; to += kTurns) {
+    float sum = base[to * kM] * parts[0];
+#pragma unroll
+    for (int i = 1; i < kM; ++i) sum = fmaf(base[to * kM + i], parts[i], sum);
+    sum *= job.hadamard_scale;
+    const int col = first + to * inner + place;
+    v[to][place] = job.signs && job.inverse && job.signs[col] < 0 ? -sum : sum;
+    at[to * inner + place] = v[to][place];
+  }
+  if (job.bits >= 16) return;
+  __syncthreads();
+  for (int to = threadIdx.x / kWarp; to < kM; to += kBaseWarps) {
+    const int begin = first + to * inner;
+    round_stretch(job, row, begin / 128, [&](int col) { return v[to][col - begin]; });
   }
 }
 
+// Whether one row's transform is shared out over many blocks of threads: rows_kernel, then
+// base_kernel.
+bool transform_is_divided(const RowsJob& job) {
+  const int64_t inner = job.block / std::max<int64_t>(job.base_order, 1);
+  const int group = job.rounded.group;
+  const bool rounds = job.bits < 16;
+  return job.rows <= kMatvecRows && job.block > 0 && base_in_registers(job.base_order) &&
+         inner % kPlaces == 0 && !job.gain &&
+         (!rounds || group == 32 || group == 64 || group == 128);
+}
+
 __global__ void repack_kernel(CanonicalView from, int64_t n_panels, int64_t padded_cols,
-                              uint4* codes, __half2* scales) {
+                              int64_t n_groups, uint4* codes, __half2* scales) {
   const int64_t n_blocks = padded_cols / 64;
+  FragmentView to = {};
+  to.padded_cols = padded_cols;
+  to.n_groups = static_cast<int32_t>(n_groups);
+  to.codes = codes;
+  to.scales = scales;
   const int64_t item = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (item < n_panels * n_blocks * kWarp) {
     const int lane = static_cast<int>(item % kWarp);
@@ -309,15 +459,18 @@ __global__ void repack_kernel(CanonicalView from, int64_t n_panels, int64_t padd
         words[w] |= code << (i % 4 * 8 + i / 4 * 4);
       }
     }
-    codes[item] = make_uint4(words[0], words[1], words[2], words[3]);
+    codes[panel_codes(to, panel) - codes + block / 2 * kSetCodes + block % 2 * kWarp + lane] =
+        make_uint4(words[0], words[1], words[2], words[3]);
   }
-  if (item < n_panels * from.n_groups * 8) {
-    const int64_t pair = item % 8, group = item / 8 % from.n_groups;
-    const int64_t row = item / 8 / from.n_groups * kPanelRows + pair;
+  if (item < n_panels * n_groups * 8) {
+    const int64_t pair = item % 8, group = item / 8 % n_groups, panel = item / 8 / n_groups;
+    const int64_t row = panel * kPanelRows + pair;
     const auto at = [&](int64_t r) {
-      return r < from.rows ? from.scales[r * from.n_groups + group] : __float2half(0.0f);
+      return r < from.rows && group < from.n_groups ? from.scales[r * from.n_groups + group]
+                                                    : __float2half(0.0f);
     };
-    scales[item] = __halves2half2(at(row), at(row + 8));
+    scales[panel_scales(to, panel) - scales + group * kSetScales + pair] =
+        __halves2half2(at(row), at(row + 8));
   }
 }
 
@@ -329,9 +482,12 @@ void launch_rows(const RowsJob& job, const Gpu& gpu) {
   // Few rows are latency: several blocks share one, where no block needs what another one writes.
   const bool whole_groups = job.bits >= 16 || job.rounded.group <= 128;
   const bool in_place = job.gain && (job.term || job.up || job.normed == job.x);
+  const bool two_steps = transform_is_divided(job);
   const bool divided = job.rows <= kMatvecRows && job.block == 0 && whole_groups && !in_place &&
                        job.cols % kChunk == 0;
-  const int64_t chunk = divided ? kChunk : job.cols;
+  const int chunk = static_cast<int>(two_steps ? job.block / job.base_order
+                                     : divided ? kChunk
+                                               : job.cols);
   const int64_t shared = padded_index(chunk) * 4 + 4;
   if (shared > gpu.facts.shared_bytes) {
     throw Error(ErrorKind::kResource, "row too long for this GPU", gpu.facts.name,
@@ -345,14 +501,22 @@ void launch_rows(const RowsJob& job, const Gpu& gpu) {
       gpu, "rows", rows_kernel,
       dim3(static_cast<unsigned>(job.rows), static_cast<unsigned>((job.cols + chunk - 1) / chunk)),
       dim3(static_cast<unsigned>(threads)), shared, job, chunk);
+  if (!two_steps) return;
+  const auto kernel = job.base_order == 12   ? base_kernel<12>
+                      : job.base_order == 20 ? base_kernel<20>
+                      : job.base_order == 28 ? base_kernel<28>
+                                             : base_kernel<36>;
+  const int64_t n_blocks = job.cols / job.base_order / kPlaces;
+  launch_kernel(gpu, "rows", kernel,
+                dim3(static_cast<unsigned>(job.rows), static_cast<unsigned>(n_blocks)),
+                dim3(kBaseWarps * kWarp), 0, job);
 }
 
-void launch_repack(const CanonicalView& from, int64_t n_panels, int64_t padded_cols, uint4* codes,
-                   __half2* scales, const Gpu& gpu) {
-  const int64_t items =
-      std::max(n_panels * (padded_cols / 64) * kWarp, n_panels * from.n_groups * 8);
+void launch_repack(const CanonicalView& from, int64_t n_panels, int64_t padded_cols,
+                   int64_t n_groups, uint4* codes, __half2* scales, const Gpu& gpu) {
+  const int64_t items = std::max(n_panels * (padded_cols / 64) * kWarp, n_panels * n_groups * 8);
   repack_kernel<<<static_cast<unsigned>((items + 255) / 256), 256, 0, gpu.stream>>>(
-      from, n_panels, padded_cols, codes, scales);
+      from, n_panels, padded_cols, n_groups, codes, scales);
   cuda_check(cudaGetLastError(), "repack");
 }
 

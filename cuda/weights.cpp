@@ -44,6 +44,10 @@ int32_t group_shift(int64_t group, int64_t padded_cols) {
   return group >= padded_cols ? 31 : std::countr_zero(static_cast<uint32_t>(group));
 }
 
+int32_t padded_groups(int32_t group_shift, int64_t padded_cols) {
+  return static_cast<int32_t>((padded_cols - 1) >> group_shift) + 1;
+}
+
 CudaMatrix::CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader, const Gpu& gpu)
     : has_fragments_(fragments) {
   TQ_CHECK(matrix.rows > 0 && matrix.cols > 0);
@@ -58,20 +62,17 @@ CudaMatrix::CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader,
                 matrix.n_groups(), matrix.row_bytes(), data_.as<uint8_t>(), scales_.as<__half>()};
   if (!fragments) return;
   const int64_t n_panels = (matrix.rows + kPanelRows - 1) / kPanelRows;
-  const int64_t padded_panels = round_up(n_panels, 8);
+  const int64_t padded_panels = round_up(n_panels, kSetPanels);
   const int64_t padded_cols = round_up(matrix.cols, kBlockCols);
   DeviceMemory codes(padded_panels * kPanelRows * padded_cols / 2, "weights");
-  DeviceMemory scales(padded_panels * kPanelRows * matrix.n_groups() * 2, "weights");
-  fragments_ = {matrix.rows,
-                matrix.cols,
-                padded_cols,
-                n_panels,
-                group_shift(matrix.group >= matrix.cols ? padded_cols : matrix.group, padded_cols),
-                static_cast<int32_t>(matrix.n_groups()),
-                codes.as<uint4>(),
-                scales.as<__half2>()};
-  launch_repack(canonical_, padded_panels, padded_cols, codes.as<uint4>(), scales.as<__half2>(),
-                gpu);
+  const int32_t shift =
+      group_shift(matrix.group >= matrix.cols ? padded_cols : matrix.group, padded_cols);
+  const int32_t n_groups = padded_groups(shift, padded_cols);
+  DeviceMemory scales(padded_panels * kPanelRows * n_groups * 2, "weights");
+  fragments_ = {matrix.rows, matrix.cols, padded_cols,       n_panels,
+                shift,       n_groups,    codes.as<uint4>(), scales.as<__half2>()};
+  launch_repack(canonical_, padded_panels, padded_cols, n_groups, codes.as<uint4>(),
+                scales.as<__half2>(), gpu);
   cuda_check(cudaStreamSynchronize(gpu.stream), "repacking weights");
   data_ = std::move(codes);
   scales_ = std::move(scales);

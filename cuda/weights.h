@@ -1,15 +1,16 @@
 // weights - what prepare() makes of a model's weights: device copies, and the order in which the
 // tensor-core kernels read 4-bit codes.
 //
-// Fragment order of a 4-bit matrix [rows, cols]: rows are padded to panels of 16, columns to blocks
-// of 128, with code 0. A block of 64 columns of a panel is 512 bytes; lane l of a warp owns 16 of
-// them, exactly its A operands of two mma m16n8k32 (row l/4 and l/4 + 8). Codes are signed nibbles.
-// Word w (0..3) of a lane, with t = l % 4:
+// Fragment order of a 4-bit matrix [rows, cols]: rows are padded to sets of 8 panels of 16, columns
+// to blocks of 128, with code 0: [set, block, panel, half of 64 columns, lane]. A set's block is
+// one piece of 8 KB, as the tiled products copy it. Of the 512 bytes of 64 columns lane l of a warp
+// owns 16, exactly its A operands of two mma m16n8k32 (row l/4 and l/4 + 8). Codes are signed
+// nibbles. Word w (0..3) of a lane, with t = l % 4:
 //   w = 0   row l/4      columns 8t..8t+3 in the low nibbles of the 4 bytes, 8t+4..8t+7 in the high
 //   w = 1   row l/4 + 8  the same columns
 //   w = 2,3 the same 32 columns further on
-// Scales: f16 [panel, group, 8 pairs of rows (r, r + 8)]: one 4-byte load a lane.
-// Read next: kernels.h.
+// Scales: f16 [set, group, panel, 8 pairs of rows (r, r + 8)]: one 4-byte load a lane. Groups
+// behind the last column have scale 0. Read next: kernels.h.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -23,7 +24,7 @@
 
 namespace tq::cuda {
 
-constexpr int64_t kPanelRows = 16;
+constexpr int64_t kPanelRows = 16, kSetPanels = 8;
 constexpr int64_t kBlockCols = 128;  // columns are padded to this
 
 /// A matrix in the file's layout, on the device. Plain pointers, for kernels.
@@ -41,11 +42,13 @@ int32_t group_shift(int64_t group, int64_t padded_cols);
 /// A matrix of 4-bit codes in fragment order.
 struct FragmentView {
   int64_t rows, cols, padded_cols;
-  int64_t n_panels;               // of 16 rows; memory holds a multiple of 8
-  int32_t group_shift, n_groups;  // column >> group_shift is its group
-  const uint4* codes;             // [panel, padded_cols / 64, 32 lanes]
-  const __half2* scales;          // [panel, group, 8]
+  int64_t n_panels;               // of 16 rows; memory holds whole sets
+  int32_t group_shift, n_groups;  // column >> group_shift is its group; of padded_cols
+  const uint4* codes;             // [set, padded_cols / 128, 8 panels, 2, 32 lanes]
+  const __half2* scales;          // [set, group, 8 panels, 8]
 };
+/// Groups of padded_cols columns.
+int32_t padded_groups(int32_t group_shift, int64_t padded_cols);
 
 class CudaMatrix {
  public:

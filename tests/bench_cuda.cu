@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "model/hadamard.h"
 
 namespace tq::cuda {
 namespace {
@@ -31,21 +32,32 @@ struct Bench {
     bandwidth = measure_read_bandwidth(gpu);
   }
 
-  /// Median time of one of `n` runs, microseconds.
+  /// Median time of one of `n` runs, microseconds: replayed as a graph, as a decode step is, so
+  /// that launching costs the GPU's time and not the CPU's.
   double time(int n, const std::function<void(int)>& run) const {
+    run(0);  // loads the kernel, which a capture must not
+    cuda_check(cudaStreamSynchronize(gpu.stream), "bench");
+    cudaGraph_t captured = nullptr;
+    cudaGraphExec_t graph = nullptr;
+    cuda_check(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeThreadLocal), "capture");
+    for (int i = 0; i < n; ++i) run(i);
+    cuda_check(cudaStreamEndCapture(gpu.stream, &captured), "capture");
+    cuda_check(cudaGraphInstantiate(&graph, captured, 0), "graph");
+    cudaGraphDestroy(captured);
     cudaEvent_t begin, end;
     cuda_check(cudaEventCreate(&begin), "event");
     cuda_check(cudaEventCreate(&end), "event");
     std::vector<float> times;
     for (int batch = -2; batch < kBatches; ++batch) {
       cuda_check(cudaEventRecord(begin, gpu.stream), "event");
-      for (int i = 0; i < n; ++i) run(i);
+      cuda_check(cudaGraphLaunch(graph, gpu.stream), "graph");
       cuda_check(cudaEventRecord(end, gpu.stream), "event");
       cuda_check(cudaEventSynchronize(end), "event");
       float milliseconds = 0;
       cuda_check(cudaEventElapsedTime(&milliseconds, begin, end), "event");
       if (batch >= 0) times.push_back(milliseconds * 1e3f / static_cast<float>(n));
     }
+    cudaGraphExecDestroy(graph);
     std::nth_element(times.begin(), times.begin() + kBatches / 2, times.end());
     return times[kBatches / 2];
   }
@@ -93,7 +105,7 @@ struct Weights {
     view.n_panels = (rows + kPanelRows - 1) / kPanelRows;
     const int64_t panels = (view.n_panels + 7) / 8 * 8;
     view.group_shift = group_shift(group, view.padded_cols);
-    view.n_groups = static_cast<int32_t>((cols + group - 1) / group);
+    view.n_groups = padded_groups(view.group_shift, view.padded_cols);
     const int64_t bytes = panels * kPanelRows * view.padded_cols / 2;
     codes = DeviceMemory(bytes, "bench");
     cuda_check(cudaMemcpy(codes.as<void>(), noise.as<void>(), static_cast<size_t>(bytes),
@@ -113,17 +125,20 @@ struct Rows {
     job.rows = rows;
     job.cols = cols;
     job.x = x.as<float>();
+    job.n_parts = 1;
     job.bits = bits;
     job.clip = 1.0f;
     job.full_range = true;
     RoundedRows& to = job.rounded;
     to.padded_cols = (cols + kBlockCols - 1) / kBlockCols * kBlockCols;
-    to.stride = (rows + kRowStep - 1) / kRowStep * kRowStep;
+    const int64_t padded_rows = (rows + kRowStep - 1) / kRowStep * kRowStep;
     to.group = static_cast<int32_t>(std::min(group, to.padded_cols));
     to.group_shift = group_shift(to.group, to.padded_cols);
-    codes = DeviceMemory(to.stride * to.padded_cols, "bench");
-    scales = DeviceMemory((cols + group - 1) / group * to.stride * 4, "bench");
-    to.codes = codes.as<int8_t>();
+    to.order = code_order(rows, bits, bench.gpu);
+    codes = DeviceMemory(padded_rows * to.padded_cols, "bench");
+    to.n_groups = padded_groups(to.group_shift, to.padded_cols);
+    scales = DeviceMemory(padded_rows * to.n_groups * 4, "bench");
+    to.codes = codes.as<uint8_t>();
     to.scales = scales.as<float>();
     launch_rows(job, bench.gpu);
   }
@@ -154,9 +169,7 @@ void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group,
     b.emplace_back(bench, noise, shape.out, rank, group);
   }
   h.job.x = narrow.as<float>();
-  const auto launch = [&](const PackedJob& job) {
-    rows <= kMatvecRows ? launch_packed_matvec(job, bench.gpu) : launch_packed_gemm(job, bench.gpu);
-  };
+  const auto launch = [&](const PackedJob& job) { launch_packed(job, bench.gpu); };
   const double us = bench.time(copies, [&](int i) {
     const size_t at = static_cast<size_t>(i);
     PackedJob job = {};
@@ -164,10 +177,21 @@ void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group,
     job.rows = rows;
     job.n_segments = 1;
     if (rank > 0) {
-      job.segments[0].w = a[at].view;
-      job.segments[0].y = narrow.as<float>();
+      const int n_parts = rows > kMatvecRows ? kMaxLinears : 1;  // as the executor does
+      for (int part = 0; part < n_parts; ++part) {
+        PackedSegment& segment = job.segments[part];
+        const int n_blocks = static_cast<int>(a[at].view.padded_cols / kBlockCols);
+        segment.w = a[at].view;
+        segment.y = narrow.as<float>() + part * rows * rank;
+        segment.first_block = part * n_blocks / n_parts;
+        segment.n_blocks = (part + 1) * n_blocks / n_parts - segment.first_block;
+      }
+      job.n_segments = n_parts;
       launch(job);
+      h.job.n_parts = n_parts;
       launch_rows(h.job, bench.gpu);
+      job.segments[0] = {};
+      job.n_segments = 1;
       job.segments[0].b = b[at].view;
       job.segments[0].h = h.job.rounded;
     }
@@ -189,8 +213,44 @@ void bench_rows(Bench& bench, int64_t rows, int64_t cols) {
   const double plain = bench.time(20, [&](int) { launch_rows(x.job, bench.gpu); });
   x.job.gain = x.x.as<float>();
   const double norm = bench.time(20, [&](int) { launch_rows(x.job, bench.gpu); });
-  std::printf("rows %5lld x %5lld: round %8.2f us, norm and round %8.2f us\n",
-              static_cast<long long>(rows), static_cast<long long>(cols), plain, norm);
+  x.job.gain = nullptr;
+  x.job.up = x.x.as<float>();
+  x.job.sum = x.x.as<float>();
+  x.job.transformed = transformed.as<float>();
+  x.job.block = cols;
+  x.job.base_order = hadamard_base_order(cols);
+  const std::vector<int8_t>& base = hadamard_base(x.job.base_order);
+  const DeviceMemory device_base(static_cast<int64_t>(base.size()), "bench");
+  cuda_check(cudaMemcpy(device_base.as<void>(), base.data(), base.size(), cudaMemcpyHostToDevice),
+             "copy");
+  x.job.base = device_base.as<int8_t>();
+  x.job.hadamard_scale = 0.01f;
+  const double swiglu = bench.time(20, [&](int) { launch_rows(x.job, bench.gpu); });
+  std::printf(
+      "rows %5lld x %5lld: round %8.2f us, norm and round %8.2f us, SwiGLU, Hadamard and round "
+      "%8.2f us\n",
+      static_cast<long long>(rows), static_cast<long long>(cols), plain, norm, swiglu);
+}
+
+void bench_heads(Bench& bench, int64_t rows) {
+  HeadsJob job = {};
+  job.rows = rows;
+  job.head_dim = 128;
+  job.n_heads = 32;
+  job.n_kv_heads = 8;
+  const DeviceMemory q = bench.random_floats(rows * 32 * 128), k = bench.random_floats(rows * 1024),
+                     v = bench.random_floats(rows * 1024), gain = bench.random_floats(128),
+                     angles = bench.random_floats(rows * 128), input(64, "bench"),
+                     keys(rows * 2048, "bench"), values(rows * 2048, "bench");
+  job.q = q.as<float>(), job.k = k.as<float>(), job.v = v.as<float>();
+  job.q_gain = job.k_gain = gain.as<float>();
+  job.eps = 1e-6f;
+  job.angles = angles.as<float2>();
+  job.store = true;
+  job.cache = {16, rows, 8, 128, 256, keys.as<uint8_t>(), values.as<uint8_t>(), nullptr, nullptr};
+  job.input = input.as<StepInput>();
+  const double us = bench.time(20, [&](int) { launch_heads(job, bench.gpu); });
+  std::printf("heads %5lld rows: %8.2f us\n", static_cast<long long>(rows), us);
 }
 
 void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
@@ -275,6 +335,7 @@ void run(const std::string& which) {
     for (int64_t rows : {1, 16, 2048}) {
       bench_rows(bench, rows, 4096);
       bench_rows(bench, rows, 12288);
+      bench_heads(bench, rows);
     }
   }
   if (wanted("attention")) {

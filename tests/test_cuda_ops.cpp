@@ -172,7 +172,7 @@ std::vector<LinearCase> linear_cases() {
     cases.push_back({"Hadamard",
                      Storage::kQ4,
                      40,
-                     block == 256 ? 512 : block,
+                     block == 256 || block == 1536 ? 2 * block : block,
                      64,
                      {4, 64, 1.0f, true},
                      0,
@@ -287,6 +287,42 @@ TEST_F(Cuda, LinearsAgreeWithTheCpu) {
     for (int64_t rows : {1, 2, 7, 8, 9, 16, 17, 65, 150}) {
       compare_linears(cpu(), gpu(), c, rows, kSeeds[rows % 5]);
       if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// The kernels of older GPUs, where this one has its own.
+TEST_F(Cuda, PortableLinearsAgreeWithTheCpu) {
+  const std::unique_ptr<Backend> portable = make_cuda_backend(0, true);
+  for (const LinearCase& c : linear_cases()) {
+    for (int64_t rows : {17, 150}) {
+      compare_linears(cpu(), *portable, c, rows, kSeeds[rows % 5]);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// e4m3 sums must be whole numbers to the last bit: all codes and inputs at the end of their range.
+TEST_F(Cuda, LargestSumsOfCodesAreExact) {
+  for (int64_t group : {64, 128}) {
+    for (float sign : {1.0f, -1.0f}) {
+      CaseMatrix w(Storage::kQ4, 256, 512, group, 1);
+      std::fill(w.data.begin(), w.data.end(), std::byte{0});  // codes -8
+      Linear linear;
+      linear.weight = w.view;
+      linear.act = {4, group, 1.0f, true};
+      std::vector<float> x(static_cast<size_t>(128 * 512));
+      for (size_t i = 0; i < x.size(); ++i) x[i] = i % 512 % 2 ? -8.0f * sign : -7.0f * sign;
+      std::vector<float> results[2];
+      for (Backend* backend : {&cpu(), &gpu()}) {
+        const auto prepared = backend->prepare(linear);
+        const PreparedLinear* weights[] = {prepared.get()};
+        const BufferPtr in = to_device(*backend, x), out = guarded(*backend, 128 * 256);
+        DeviceBuffer* outs[] = {out.get()};
+        backend->linears(weights, *in, 128, outs);
+        results[backend == &gpu()] = taken(*backend, *out, 128 * 256);
+      }
+      EXPECT_EQ(results[0], results[1]) << "groups of " << group;
     }
   }
 }
