@@ -42,10 +42,8 @@ template <bool kFp8_, int kInner_, int kBlocks_, int kTokens_>
 struct Shape {
   static constexpr bool kFp8 = kFp8_;
   static constexpr int kInner = kInner_, kBlocks = kBlocks_, kTokens = kTokens_;
-  static constexpr int kPanels = 8 * kBlocks, kGroups = kBlockCols / kInner, kHalf = kTokens / 2;
+  static constexpr int kPanels = 8 * kBlocks, kGroups = kBlockCols / kInner;
   static constexpr int kBlocksOfThreads = kBlocks * kTokens == 64 ? 2 : 1;  // of a multiprocessor
-  static constexpr int kProducerRegisters = 24,
-                       kConsumerRegisters = kBlocksOfThreads == 2 ? 104 : 240;
   using Dot = std::conditional_t<kFp8, float, int32_t>;
 };
 
@@ -62,6 +60,8 @@ struct Shared {
   Stage<S> stages[kStages];
   Barrier full[kStages], free[kStages];
 };
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the kernel is empty
 
 // Groups of a stage, for a side whose columns are grouped by 2^shift.
 __device__ inline int groups_of_stage(int shift) {
@@ -106,14 +106,13 @@ struct Side {
   }
 };
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
 // A warpgroup's products of one stage, added to `sums`. w_skip, x_skip: a scale serves 2^skip times
 // kInner columns.
 template <typename S>
 __device__ inline void multiply(const Stage<S>& stage, int w_skip, int x_skip,
                                 float (&sums)[S::kBlocks][S::kTokens / 2]) {
   constexpr int kSteps = S::kInner / 32, kUnits = S::kGroups * S::kBlocks;
+  constexpr int kHalf = S::kTokens / 2;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int first_panel = warp / 4 * (4 * S::kBlocks) + warp % 4;
   const uint64_t tokens = swizzled_rows(stage.tokens);
@@ -137,20 +136,20 @@ __device__ inline void multiply(const Stage<S>& stage, int w_skip, int x_skip,
     }
   };
   // Half of the tokens is multiplied while the sums of the other half are scaled.
-  typename S::Dot dots[2][S::kHalf / 2];
+  typename S::Dot dots[2][kHalf / 2];
   const auto start = [&](int unit, int half) {
     hold(dots[half]);
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       wgmma(dots[half], a[unit % 2][step],
-            tokens + (unit / S::kBlocks * kSteps + step) * 2 + half * (S::kHalf * 8), step > 0);
+            tokens + (unit / S::kBlocks * kSteps + step) * 2 + half * (kHalf * 8), step > 0);
     }
     wgmma_commit();
   };
   // Scales of a unit and of half of the tokens; the first ones are loaded while the tensor cores
   // work.
-  constexpr int kTiles = S::kHalf / 8, kEarly = kTiles / 2;
+  constexpr int kTiles = kHalf / 8, kEarly = kTiles / 2;
   struct Scales {
     float2 w, early[kEarly];
     uint32_t all;  // in shared memory
@@ -163,8 +162,7 @@ __device__ inline void multiply(const Stage<S>& stage, int w_skip, int x_skip,
     scales.w = __half22float2(w);
     // s8 dots are 16 * dot.
     if constexpr (!S::kFp8) scales.w = make_float2(scales.w.x * 0.0625f, scales.w.y * 0.0625f);
-    scales.all =
-        shared_address(&stage.token_scales[group >> x_skip][half * S::kHalf]) + lane % 4 * 8;
+    scales.all = shared_address(&stage.token_scales[group >> x_skip][half * kHalf]) + lane % 4 * 8;
 #pragma unroll
     for (int i = 0; i < kEarly; ++i) scales.early[i] = load_shared(scales.all + i * 32);
     return scales;
@@ -179,7 +177,7 @@ __device__ inline void multiply(const Stage<S>& stage, int w_skip, int x_skip,
       const float by[4] = {w.x * x.x, w.x * x.y, w.y * x.x, w.y * x.y};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        float& sum = sums[block][half * (S::kHalf / 2) + i * 4 + j];
+        float& sum = sums[block][half * (kHalf / 2) + i * 4 + j];
         if constexpr (S::kFp8) {
           sum = fmaf(dots[half][i * 4 + j], by[j], sum);
         } else {
@@ -238,7 +236,7 @@ __device__ inline void run(const PackedJob& job) {
   __syncthreads();
   begin_kernel();
   if (threadIdx.x >= kConsumers) {
-    give_registers<S::kProducerRegisters>();
+    give_registers<24>();
     if (threadIdx.x > kConsumers) return;
     const Side main = {segment.w, job.x}, low_rank = {segment.b, segment.h};
     for (int index = 0; index < n_stages; ++index) {
@@ -251,7 +249,8 @@ __device__ inline void run(const PackedJob& job) {
     }
     return;
   }
-  take_registers<S::kConsumerRegisters>();
+  // All that the block was launched with, less the producer's.
+  take_registers<S::kBlocksOfThreads == 2 ? 104 : 240>();
   // In registers from here on: reading the job's constants again would delay every product.
   const auto skip = [](int shift) {
     int skip = min(shift, 7) - (S::kInner == 128 ? 7 : S::kInner == 64 ? 6 : 5);
