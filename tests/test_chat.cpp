@@ -105,6 +105,28 @@ TEST(Chat, AConversationHasTheLengthOfItsTextAndTheShapeOfAChat) {
   EXPECT_EQ(as_conversation(smol, ChatKind::kChatMLSmol, few).size(), 8u);
 }
 
+TEST(Chat, EverySecondSampleBecomesAConversation) {
+  const Tokenizer smol = load("smollm2");
+  std::vector<std::vector<int32_t>> texts;
+  for (int i = 0; i < 5; ++i) {
+    std::string words;
+    for (int j = 0; j < 40; ++j) words += " Ship " + std::to_string(i) + " sails.";
+    texts.push_back(smol.encode(words, false, false));
+  }
+  std::vector<std::vector<int32_t>> got = texts;
+  make_every_second_a_conversation(smol, ChatKind::kChatMLSmol, got);
+  for (size_t i = 0; i < texts.size(); ++i) {
+    const bool chat = i % 2 == 0;
+    EXPECT_EQ(got[i], chat ? as_conversation(smol, ChatKind::kChatMLSmol, texts[i]) : texts[i]);
+    EXPECT_EQ(got[i] == texts[i], !chat) << i;
+  }
+  for (const ChatKind none : {ChatKind::kNone, ChatKind::kUnknown}) {
+    got = texts;
+    make_every_second_a_conversation(smol, none, got);
+    EXPECT_EQ(got, texts);
+  }
+}
+
 TEST(Chat, AUserCannotEndTheirOwnTurn) {
   const Tokenizer qwen = load("qwen3");
   const int32_t end = *qwen.id_of("<|im_end|>");

@@ -274,4 +274,12 @@ std::vector<int32_t> as_conversation(const Tokenizer& tokenizer, ChatKind kind,
   return ids;
 }
 
+void make_every_second_a_conversation(const Tokenizer& tokenizer, ChatKind kind,
+                                      std::vector<std::vector<int32_t>>& samples) {
+  if (kind == ChatKind::kNone || kind == ChatKind::kUnknown) return;
+  for (size_t i = 0; i < samples.size(); i += 2) {
+    samples[i] = as_conversation(tokenizer, kind, samples[i]);
+  }
+}
+
 }  // namespace tq

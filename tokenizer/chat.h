@@ -57,6 +57,9 @@ std::vector<int32_t> encode_chat(const Tokenizer& tokenizer, ChatKind kind,
 /// the template would not lengthen comes back as it was.
 std::vector<int32_t> as_conversation(const Tokenizer& tokenizer, ChatKind kind,
                                      const std::vector<int32_t>& text);
+/// Every second sample, from the first on, as a conversation; none without a known template.
+void make_every_second_a_conversation(const Tokenizer& tokenizer, ChatKind kind,
+                                      std::vector<std::vector<int32_t>>& samples);
 
 /// Ids that end generation: the union of generation_config.eos_token_id, config.eos_token_id,
 /// tokenizer_config.eos_token, and known end-of-turn names in the vocabulary.

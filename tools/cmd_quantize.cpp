@@ -214,13 +214,9 @@ Calibration make_calibration(const QuantizeArguments& args, const QuantizeOption
   }
   Calibration calibration = cut_samples(tokenizer.encode(text, false, false), options.calib_samples,
                                         options.calib_length, model.config.vocab_size, where);
-  // Every second sample becomes a conversation, as `tq run` will feed them.
-  const ChatKind kind = detect_chat_kind(model.texts, args.folder);
-  if (kind != ChatKind::kNone && kind != ChatKind::kUnknown) {
-    for (size_t i = 0; i < calibration.samples.size(); i += 2) {
-      calibration.samples[i] = as_conversation(tokenizer, kind, calibration.samples[i]);
-    }
-  }
+  // Plain text and chats, as `tq eval` and `tq run` will feed them.
+  make_every_second_a_conversation(tokenizer, detect_chat_kind(model.texts, args.folder),
+                                   calibration.samples);
   return calibration;
 }
 
