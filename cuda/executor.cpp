@@ -223,6 +223,17 @@ CodeOrder code_order(int64_t rows, int bits, const Gpu& gpu) {
   return gpu.facts.major == 9 && bits <= 4 ? CodeOrder::kTilesFp8 : CodeOrder::kTiles;
 }
 
+int smallest_group_shift(const PackedJob& job) {
+  int shift = job.x.group_shift;
+  for (int i = 0; i < job.n_segments; ++i) {
+    const PackedSegment& segment = job.segments[i];
+    shift = std::min(shift, segment.w.group_shift);
+    if (segment.b.n_panels == 0) continue;
+    shift = std::min({shift, segment.b.group_shift, segment.h.group_shift});
+  }
+  return shift;
+}
+
 void launch_packed(const PackedJob& job, const Gpu& gpu) {
   if (job.x.order == CodeOrder::kLanes) return launch_packed_matvec(job, gpu);
   gpu.facts.major == 9 ? launch_twin_gemm(job, gpu) : launch_packed_gemm(job, gpu);

@@ -116,6 +116,8 @@ struct PackedJob {
   int32_t n_segments;
   PackedSegment segments[kMaxLinears];
 };
+/// log2 of the smallest group of either side of any segment.
+int smallest_group_shift(const PackedJob& job);
 /// By the order of the codes and the GPU one of the three below.
 void launch_packed(const PackedJob& job, const Gpu& gpu);
 void launch_packed_matvec(const PackedJob& job, const Gpu& gpu);

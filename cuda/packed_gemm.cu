@@ -6,8 +6,8 @@
 // Work      a block 128 rows of weights x 64 tokens; its 8 warps 32 rows x 32 tokens each. Columns
 //           in stages of 128: codes of both sides and their scales arrive in shared memory by
 //           cp.async, three stages deep. Weights are operand A, expanded from nibbles in registers
-//           once a stage; tokens are operand B. The low-rank component is a few
-//           more stages of the same loop: no second pass, no second write
+//           once a stage; tokens are operand B. The low-rank component is a few more stages of the
+//           same loop: no second pass, no second write
 // Memory    8 KB of weights and 8 KB of tokens a stage for 2^20 products: 128 operations a byte of
 //           second-level cache. Bound: the issue of instructions. For each mma m16n8k32 pair (64
 //           columns) a lane spends 4 x (FADD, FMUL, FFMA) on scales when groups are 64 columns
@@ -213,13 +213,10 @@ void launch_packed_gemm(const PackedJob& job, const Gpu& gpu) {
   TQ_CHECK(job.n_segments > 0 && job.n_segments <= kMaxLinears && job.x.order == CodeOrder::kTiles);
   if (job.rows == 0) return;
   int64_t n_tiles = 0;
-  int shift = 7;  // of the smallest group
   for (int i = 0; i < job.n_segments; ++i) {
     n_tiles += (job.segments[i].w.rows + kTileRows - 1) / kTileRows;
-    shift = std::min({shift, job.segments[i].w.group_shift, job.x.group_shift});
-    if (job.segments[i].b.n_panels == 0) continue;
-    shift = std::min({shift, job.segments[i].b.group_shift, job.segments[i].h.group_shift});
   }
+  const int shift = std::min(7, smallest_group_shift(job));
   const dim3 grid(static_cast<unsigned>((job.rows + kTileTokens - 1) / kTileTokens),
                   static_cast<unsigned>(n_tiles));
   TQ_CHECK(n_tiles < 65536 && shift >= 5);

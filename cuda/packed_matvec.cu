@@ -178,13 +178,7 @@ void launch_packed_matvec(const PackedJob& job, const Gpu& gpu) {
   if (job.rows == 0) return;
   int64_t n_panels = 0;
   for (int i = 0; i < job.n_segments; ++i) n_panels += job.segments[i].w.n_panels;
-  bool groups32 = job.x.group_shift < 6;
-  for (int i = 0; i < job.n_segments; ++i) {
-    const PackedSegment& segment = job.segments[i];
-    groups32 =
-        groups32 || segment.w.group_shift < 6 ||
-        (segment.b.n_panels > 0 && std::min(segment.b.group_shift, segment.h.group_shift) < 6);
-  }
+  const bool groups32 = smallest_group_shift(job) < 6;
   const auto kernel =
       job.rows <= 8 ? groups32 ? packed_matvec_kernel<1, true> : packed_matvec_kernel<1, false>
       : groups32 ? packed_matvec_kernel<2, true>

@@ -94,6 +94,15 @@ __device__ void butterfly_pass(float* v, int count, int log_half) {
   __syncthreads();
 }
 
+// One row of the base matrix times the m elements at one place.
+template <int kM>
+__device__ inline float signed_sum(const float* base_row, const float (&parts)[kM]) {
+  float sum = base_row[0] * parts[0];
+#pragma unroll
+  for (int i = 1; i < kM; ++i) sum = fmaf(base_row[i], parts[i], sum);
+  return sum;
+}
+
 // The last step of a transform in place: element i of each of the m parts of a block becomes a
 // signed sum of the m elements at the same place. kM = m: they are in registers; 0: any m, from `v`
 // to `to`.
@@ -108,10 +117,7 @@ __device__ void base_stage(const RowsJob& job, float* v, const float* base) {
     for (int i = 0; i < kM; ++i) parts[i] = v[padded_index(first + i * inner)];
 #pragma unroll 4
     for (int row = 0; row < kM; ++row) {
-      float sum = base[row * kM] * parts[0];
-#pragma unroll
-      for (int i = 1; i < kM; ++i) sum = fmaf(base[row * kM + i], parts[i], sum);
-      v[padded_index(first + row * inner)] = sum;
+      v[padded_index(first + row * inner)] = signed_sum<kM>(base + row * kM, parts);
     }
   }
   __syncthreads();
@@ -406,10 +412,7 @@ __global__ void __launch_bounds__(kBaseWarps* kWarp)
   for (int i = 0; i < kM; ++i) parts[i] = at[i * inner + place];
   __syncthreads();  // everyone has read, base is there
   for (int to = turn; to < kM; to += kTurns) {
-    float sum = base[to * kM] * parts[0];
-#pragma unroll
-    for (int i = 1; i < kM; ++i) sum = fmaf(base[to * kM + i], parts[i], sum);
-    sum *= job.hadamard_scale;
+    const float sum = signed_sum<kM>(base + to * kM, parts) * job.hadamard_scale;
     const int col = first + to * inner + place;
     v[to][place] = job.signs && job.inverse && job.signs[col] < 0 ? -sum : sum;
     at[to * inner + place] = v[to][place];

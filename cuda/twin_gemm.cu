@@ -335,13 +335,7 @@ void launch_inner(const PackedJob& job, const Gpu& gpu) {
 
 template <bool kFp8>
 void launch_type(const PackedJob& job, const Gpu& gpu) {
-  int shift = 7;  // of the smallest group
-  for (int i = 0; i < job.n_segments; ++i) {
-    const PackedSegment& segment = job.segments[i];
-    shift = std::min({shift, segment.w.group_shift, job.x.group_shift});
-    if (segment.b.n_panels == 0) continue;
-    shift = std::min({shift, segment.b.group_shift, segment.h.group_shift});
-  }
+  const int shift = std::min(7, smallest_group_shift(job));
   TQ_CHECK(shift >= 5);
   shift == 7   ? launch_inner<kFp8, 128>(job, gpu)
   : shift == 6 ? launch_inner<kFp8, 64>(job, gpu)

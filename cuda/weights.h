@@ -5,12 +5,16 @@
 // to blocks of 128, with code 0: [set, block, panel, half of 64 columns, lane]. A set's block is
 // one piece of 8 KB, as the tiled products copy it. Of the 512 bytes of 64 columns lane l of a warp
 // owns 16, exactly its A operands of two mma m16n8k32 (row l/4 and l/4 + 8). Codes are signed
-// nibbles. Word w (0..3) of a lane, with t = l % 4:
+// nibbles.
+//
+// Word w (0..3) of a lane, with t = l % 4:
 //   w = 0   row l/4      columns 8t..8t+3 in the low nibbles of the 4 bytes, 8t+4..8t+7 in the high
 //   w = 1   row l/4 + 8  the same columns
 //   w = 2,3 the same 32 columns further on
 // Scales: f16 [set, group, panel, 8 pairs of rows (r, r + 8)]: one 4-byte load a lane. Groups
-// behind the last column have scale 0. Read next: kernels.h.
+// behind the last column have scale 0.
+//
+// Read next: kernels.h.
 #pragma once
 
 #include <cuda_fp16.h>
