@@ -106,23 +106,35 @@ struct Side {
   }
 };
 
-// A warpgroup's products of one stage, added to `sums`. w_skip, x_skip: a scale serves 2^skip times
-// kInner columns.
+// A warpgroup at work: the units of a stage, each 64 rows x half of the tokens x one group, one
+// after the other. The tensor cores multiply a unit while the sums of the one before are scaled.
 template <typename S>
-__device__ inline void multiply(const Stage<S>& stage, int w_skip, int x_skip,
-                                float (&sums)[S::kBlocks][S::kTokens / 2]) {
-  constexpr int kSteps = S::kInner / 32, kUnits = S::kGroups * S::kBlocks;
-  constexpr int kHalf = S::kTokens / 2;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int first_panel = warp / 4 * (4 * S::kBlocks) + warp % 4;
-  const uint64_t tokens = swizzled_rows(stage.tokens);
-  // A unit is a 64-row block and kInner columns. Codes of the next one are expanded while the
-  // tensor cores work on this one.
-  uint32_t a[2][kSteps][4];
-  const auto expand = [&](int unit) {
-    const uint4* from = stage.weights[first_panel + unit % S::kBlocks * 4] + lane;
-    const int group = unit / S::kBlocks;
-    uint32_t(&to)[kSteps][4] = a[unit % 2];
+struct Warpgroup {
+  static constexpr int kSteps = S::kInner / 32, kHalf = S::kTokens / 2;
+  static constexpr int kUnits = S::kGroups * 2 * S::kBlocks;
+
+  float sums[S::kBlocks][2][kHalf / 2] = {};
+  typename S::Dot dots[2][kHalf / 2];
+  uint32_t codes[2][kSteps][4];  // of two (group, block), in turn
+  float2 token_scales[kHalf / 8];
+  int lane, first_panel;
+
+  __device__ Warpgroup() {
+    const int warp = threadIdx.x / kWarp;
+    lane = threadIdx.x % kWarp;
+    first_panel = warp / 4 * (4 * S::kBlocks) + warp % 4;
+  }
+  // Blocks of a half follow each other: they share the scales of its tokens.
+  __device__ static constexpr int block_of(int unit) { return unit % S::kBlocks; }
+  __device__ static constexpr int half_of(int unit) { return unit / S::kBlocks % 2; }
+  __device__ static constexpr int group_of(int unit) { return unit / (2 * S::kBlocks); }
+  __device__ static constexpr int codes_of(int group, int block) {
+    return (group * S::kBlocks + block) % 2;
+  }
+
+  __device__ void expand(const Stage<S>& stage, int group, int block) {
+    const uint4* from = stage.weights[first_panel + block * 4] + lane;
+    uint32_t(&to)[kSteps][4] = codes[codes_of(group, block)];
     if constexpr (kSteps == 1) {
       const uint2 words = reinterpret_cast<const uint2*>(from + group / 2 * kWarp)[group % 2];
       expand_codes<S::kFp8>(words.x, words.y, to[0]);
@@ -134,82 +146,70 @@ __device__ inline void multiply(const Stage<S>& stage, int w_skip, int x_skip,
         expand_codes<S::kFp8>(words.z, words.w, to[step + 1]);
       }
     }
-  };
-  // Half of the tokens is multiplied while the sums of the other half are scaled.
-  typename S::Dot dots[2][kHalf / 2];
-  const auto start = [&](int unit, int half) {
-    hold(dots[half]);
+  }
+  __device__ void start(const Stage<S>& stage, int unit) {
+    const int group = group_of(unit);
+    const uint64_t tokens = swizzled_rows(stage.tokens) + half_of(unit) * (kHalf * 8);
+    hold(dots[unit % 2]);
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      wgmma(dots[half], a[unit % 2][step],
-            tokens + (unit / S::kBlocks * kSteps + step) * 2 + half * (kHalf * 8), step > 0);
+      wgmma(dots[unit % 2], codes[codes_of(group, block_of(unit))][step],
+            tokens + (group * kSteps + step) * 2, step > 0);
     }
     wgmma_commit();
-  };
-  // Scales of a unit and of half of the tokens; the first ones are loaded while the tensor cores
-  // work.
-  constexpr int kTiles = kHalf / 8, kEarly = kTiles / 2;
-  struct Scales {
-    float2 w, early[kEarly];
-    uint32_t all;  // in shared memory
-  };
-  const auto load_scales = [&](int unit, int half) {
-    const int group = unit / S::kBlocks, panel = first_panel + unit % S::kBlocks * 4;
-    const __half2 w =
-        stage.weight_scales[panel / kSetPanels][group >> w_skip][panel % kSetPanels][lane / 4];
-    Scales scales;
-    scales.w = __half22float2(w);
+  }
+  __device__ void load_token_scales(const Stage<S>& stage, int unit, int x_skip) {
+    const float* first = &stage.token_scales[group_of(unit) >> x_skip][half_of(unit) * kHalf];
+    const uint32_t at = shared_address(first) + lane % 4 * 8;
+#pragma unroll
+    for (int i = 0; i < kHalf / 8; ++i) token_scales[i] = load_shared(at + i * 32);
+  }
+  // sums += dots * (scales of tokens) * (scales of weights), in this order: the FFMA finds the
+  // weight's scale where it was for the one before. The product of both scales would be a third
+  // fresh register of every FFMA, which then takes longer.
+  __device__ void scale(const Stage<S>& stage, int unit, int w_skip) {
+    const int panel = first_panel + block_of(unit) * 4;
+    const __half2 scales = stage.weight_scales[panel / kSetPanels][group_of(unit) >> w_skip]
+                                              [panel % kSetPanels][lane / 4];
+    float2 w = __half22float2(scales);
     // s8 dots are 16 * dot.
-    if constexpr (!S::kFp8) scales.w = make_float2(scales.w.x * 0.0625f, scales.w.y * 0.0625f);
-    scales.all = shared_address(&stage.token_scales[group >> x_skip][half * kHalf]) + lane % 4 * 8;
+    if constexpr (!S::kFp8) w = make_float2(w.x * 0.0625f, w.y * 0.0625f);
+    float(&to)[kHalf / 2] = sums[block_of(unit)][half_of(unit)];
+    hold(dots[unit % 2]);
 #pragma unroll
-    for (int i = 0; i < kEarly; ++i) scales.early[i] = load_shared(scales.all + i * 32);
-    return scales;
-  };
-  const auto finish = [&](int unit, int half, const Scales& scales) {
-    const int block = unit % S::kBlocks;
-    hold(dots[half]);
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const float2 x = i < kEarly ? scales.early[i % kEarly] : load_shared(scales.all + i * 32);
-      const float2 w = scales.w;
-      const float by[4] = {w.x * x.x, w.x * x.y, w.y * x.x, w.y * x.y};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float& sum = sums[block][half * (kHalf / 2) + i * 4 + j];
-        if constexpr (S::kFp8) {
-          sum = fmaf(dots[half][i * 4 + j], by[j], sum);
-        } else {
-          sum = fmaf(__int_as_float(dots[half][i * 4 + j] + kRoundMagicBits) - kRoundMagic, by[j],
-                     sum);
-        }
+    for (int i = 0; i < kHalf / 2; ++i) {
+      float dot;
+      if constexpr (S::kFp8) {
+        dot = dots[unit % 2][i];
+      } else {
+        dot = __int_as_float(dots[unit % 2][i] + kRoundMagicBits) - kRoundMagic;
       }
+      const float2 x = token_scales[i / 4];
+      to[i] = fmaf(dot * (i % 2 == 0 ? x.x : x.y), i % 4 < 2 ? w.x : w.y, to[i]);
     }
     // More sums in the making would not fit the registers.
-    hold(sums[block]);
-  };
-  expand(0);
-  start(0, 0);
-  // Unrolled: a product under way must stay in its registers.
-#pragma unroll
-  for (int unit = 0; unit < kUnits; ++unit) {
-    start(unit, 1);
-    const bool more = unit + 1 < kUnits;
-    if (more) expand(unit + 1);
-    const Scales first = load_scales(unit, 0);
-    wgmma_wait<1>();
-    finish(unit, 0, first);
-    const Scales second = load_scales(unit, 1);
-    if (more) {
-      start(unit + 1, 0);
-      wgmma_wait<1>();
-    } else {
-      wgmma_wait<0>();
-    }
-    finish(unit, 1, second);
+    hold(to);
   }
-}
+
+  /// w_skip, x_skip: a scale serves 2^skip times kInner columns.
+  __device__ void multiply(const Stage<S>& stage, int w_skip, int x_skip) {
+#pragma unroll
+    for (int block = 0; block < S::kBlocks; ++block) expand(stage, 0, block);
+    start(stage, 0);
+    // Unrolled: a product under way must stay in its registers.
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) {
+      const int group = group_of(unit), half = half_of(unit), block = block_of(unit);
+      if (unit + 1 < kUnits) start(stage, unit + 1);
+      if (block == 0) load_token_scales(stage, unit, x_skip);
+      unit + 1 < kUnits ? wgmma_wait<1>() : wgmma_wait<0>();
+      // As soon as nobody reads the registers that they go to.
+      if (half == S::kBlocks - 1 && group + 1 < S::kGroups) expand(stage, group + 1, block);
+      scale(stage, unit, w_skip);
+    }
+  }
+};
 
 template <typename S>
 __device__ inline void run(const PackedJob& job) {
@@ -259,28 +259,38 @@ __device__ inline void run(const PackedJob& job) {
   };
   const int w_skip = skip(segment.w.group_shift), x_skip = skip(job.x.group_shift);
   const int b_skip = skip(segment.b.group_shift), h_skip = skip(segment.h.group_shift);
-  float sums[S::kBlocks][S::kTokens / 2] = {};
+  Warpgroup<S> warpgroup;
   for (int index = 0; index < n_stages; ++index) {
     const int slot = index % kStages;
     shared.full[slot].wait(index / kStages % 2);
     const bool is_main = index < n_main;
-    multiply<S>(shared.stages[slot], is_main ? w_skip : b_skip, is_main ? x_skip : h_skip, sums);
+    warpgroup.multiply(shared.stages[slot], is_main ? w_skip : b_skip, is_main ? x_skip : h_skip);
     __syncwarp();
     if (lane == 0) shared.free[slot].arrive();
   }
+  // Calls visit(offset of an output, its sum) for all of the lane's.
+  const auto each = [&](const auto& visit) {
 #pragma unroll
-  for (int block = 0; block < S::kBlocks; ++block) {
-    const int64_t row =
-        tile * kTileRows + (warp / 4 * S::kBlocks + block) * 64 + warp % 4 * kPanelRows + lane / 4;
+    for (int block = 0; block < S::kBlocks; ++block) {
+      const int64_t row = tile * kTileRows + (warp / 4 * S::kBlocks + block) * 64 +
+                          warp % 4 * kPanelRows + lane / 4;
+      const bool inside = row < segment.w.rows, inside_8 = row + 8 < segment.w.rows;
 #pragma unroll
-    for (int i = 0; i < S::kTokens / 2; ++i) {
-      const int64_t token = first_token + i / 4 * 8 + lane % 4 * 2 + i % 2;
-      const int64_t at = row + i / 2 % 2 * 8;
-      if (at < segment.w.rows && token < job.rows) {
-        store_output(segment, token, at, sums[block][i]);
+      for (int i = 0; i < S::kTokens / 4; ++i) {
+        const int64_t token = first_token + i / 2 * 8 + lane % 4 * 2 + i % 2;
+        if (token >= job.rows) break;
+        const int64_t at = token * segment.w.rows + row;
+        float* sums = warpgroup.sums[block][i / (S::kTokens / 8)];
+        const int index = i % (S::kTokens / 8) / 2 * 4 + i % 2;
+        if (inside) visit(at, sums[index]);
+        if (inside_8) visit(at + 8, sums[index + 2]);
       }
     }
-  }
+  };
+  // One after the other, so that no load waits for the one before it; for the stream nobody waits.
+  if (segment.accumulate) each([&](int64_t at, float& sum) { sum += segment.y[at]; });
+  each([&](int64_t at, float& sum) { segment.y[at] = sum; });
+  if (segment.stream) each([&](int64_t at, float& sum) { atomicAdd(segment.stream + at, sum); });
 }
 
 #endif
