@@ -27,9 +27,10 @@ test-cuda: build/release/build.ninja  ## the tests of the CUDA backend; fails wi
 	@cmake --build --preset release --parallel $(JOBS) --target tq test_cuda_ops
 	@TQ_REQUIRE_GPU=1 OMP_WAIT_POLICY=passive build/release/test_cuda_ops
 
-bench-cuda: build/release/build.ninja  ## time the kernels of the CUDA backend one by one
+bench-cuda: build/release/build.ninja  ## time the CUDA kernels one by one, rewrite docs/results.md
 	@cmake --build --preset release --parallel $(JOBS) --target bench_cuda
-	@build/release/bench_cuda
+	@build/release/bench_cuda --json docs/results-cuda.json
+	@tools/cuda_table.py docs/results-cuda.json
 
 asan: build/asan/build.ninja  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@cmake --build --preset asan --parallel $(JOBS)

@@ -2,19 +2,25 @@
 //
 // Each figure is the median of many batches; a batch runs over as many copies of the weights as it
 // takes to leave the second-level cache behind, so that each run reads its weights from memory.
-// Data are random. Not here: whole models (tq bench).
+// Data are random. Beside every product stands cuBLASLt's of the same shape (bench_cublas.h), the
+// fastest of the ways that it offers. Usage: bench_cuda [PART] [--json FILE]; parts are matvec,
+// gemm, rows and attention. Not here: whole models (tq bench).
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "model/error.h"
 #include "model/hadamard.h"
+#include "model/json.h"
+#include "tests/bench_cublas.h"
 
 namespace tq::cuda {
 namespace {
@@ -25,6 +31,7 @@ struct Bench {
   Gpu gpu;
   double bandwidth;
   std::mt19937 generator{1};
+  Json records = Json::array();
 
   Bench() {
     gpu.facts = open_device(0);
@@ -62,35 +69,34 @@ struct Bench {
     return times[kBatches / 2];
   }
 
-  DeviceMemory random_bytes(int64_t bytes) {
-    std::vector<uint32_t> words(static_cast<size_t>(bytes / 4 + 1));
-    for (uint32_t& word : words) word = generator();
-    DeviceMemory memory(bytes, "bench");
-    cuda_check(cudaMemcpy(memory.as<void>(), words.data(), static_cast<size_t>(bytes),
-                          cudaMemcpyHostToDevice),
-               "copy");
+  /// A mebi of values of next(), over and over, up to `count`.
+  template <typename T>
+  DeviceMemory random(int64_t count, const std::function<T()>& next) {
+    constexpr int64_t kPool = int64_t{1} << 20;
+    std::vector<T> pool(static_cast<size_t>(std::min(count, kPool)));
+    for (T& value : pool) value = next();
+    constexpr int64_t kSize = sizeof(T);
+    DeviceMemory memory(count * kSize, "bench");
+    for (int64_t at = 0; at < count; at += kPool) {
+      cuda_check(cudaMemcpy(memory.as<T>() + at, pool.data(),
+                            static_cast<size_t>(std::min(count - at, kPool) * kSize),
+                            cudaMemcpyHostToDevice),
+                 "copy");
+    }
     return memory;
+  }
+  DeviceMemory random_bytes(int64_t bytes, uint32_t mask = ~0u) {
+    return random<uint32_t>((bytes + 3) / 4,
+                            [&] { return static_cast<uint32_t>(generator()) & mask; });
   }
   DeviceMemory random_floats(int64_t count) {
     std::normal_distribution<float> normal;
-    std::vector<float> values(static_cast<size_t>(count));
-    for (float& value : values) value = normal(generator);
-    DeviceMemory memory(count * 4, "bench");
-    cuda_check(cudaMemcpy(memory.as<void>(), values.data(), static_cast<size_t>(count * 4),
-                          cudaMemcpyHostToDevice),
-               "copy");
-    return memory;
+    return random<float>(count, [&] { return normal(generator); });
   }
   DeviceMemory random_scales(int64_t count) {
-    std::vector<__half> values(static_cast<size_t>(count));
-    for (__half& value : values) {
-      value = __float2half(0.001f + 0.002f * static_cast<float>(generator() >> 8) * 0x1p-24f);
-    }
-    DeviceMemory memory(count * 2, "bench");
-    cuda_check(cudaMemcpy(memory.as<void>(), values.data(), static_cast<size_t>(count * 2),
-                          cudaMemcpyHostToDevice),
-               "copy");
-    return memory;
+    return random<__half>(count, [&] {
+      return __float2half(0.001f + 0.002f * static_cast<float>(generator() >> 8) * 0x1p-24f);
+    });
   }
 };
 
@@ -148,16 +154,51 @@ struct Shape {
   const char* name;
   int64_t out, in;
 };
-constexpr Shape kShapes[] = {{"o_proj 4096x4096", 4096, 4096},
-                             {"qkv 6144x4096", 6144, 4096},
-                             {"gate_up 24576x4096", 24576, 4096},
-                             {"down 4096x12288", 4096, 12288}};
+// Of Qwen3-8B; Llama-3-8B has the first two and wider FFNs; Llama-3.2-1B.
+constexpr Shape kShapes[] = {
+    {"o_proj 4096x4096", 4096, 4096},    {"qkv 6144x4096", 6144, 4096},
+    {"gate_up 24576x4096", 24576, 4096}, {"down 4096x12288", 4096, 12288},
+    {"gate_up 28672x4096", 28672, 4096}, {"down 4096x14336", 4096, 14336},
+    {"qkv 3072x2048", 3072, 2048},       {"gate_up 16384x2048", 16384, 2048},
+    {"down 2048x8192", 2048, 8192}};
 
-void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group, int64_t rank) {
+int copies_beyond_cache(const Bench& bench, int64_t bytes, int64_t rows) {
+  return static_cast<int>(
+      rows > 64 ? 2 : std::clamp<int64_t>(3 * bench.gpu.facts.l2_bytes / bytes, 4, 40));
+}
+
+// Times of cuBLASLt on one shape, microseconds; 0 where it has no such product.
+struct Yardsticks {
+  double us[3] = {};
+};
+Yardsticks bench_cublas(Bench& bench, const Shape& shape, int64_t rows) {
+  Yardsticks times;
+  for (const Yardstick type : {Yardstick::kBf16, Yardstick::kFp8, Yardstick::kInt8}) {
+    const CublasProduct product(type, rows, shape.out, shape.in);
+    const int copies = copies_beyond_cache(bench, product.weight_bytes(), rows);
+    // Numbers, not infinities, whatever type reads them.
+    constexpr uint32_t kFinite = 0xB7B7B7B7;
+    const DeviceMemory x = bench.random_bytes(product.input_bytes(), kFinite);
+    const DeviceMemory w = bench.random_bytes(copies * product.weight_bytes(), kFinite);
+    const DeviceMemory y(product.output_bytes(), "bench");
+    double best = 0;
+    for (int way = 0; way < product.n_ways(); ++way) {
+      const double us = bench.time(copies, [&](int i) {
+        product.run(way, w.as<uint8_t>() + i * product.weight_bytes(), x.as<void>(), y.as<void>(),
+                    bench.gpu.stream);
+      });
+      if (best == 0 || us < best) best = us;
+    }
+    times.us[static_cast<int>(type)] = best;
+  }
+  return times;
+}
+
+void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group, int64_t rank,
+                  const Yardsticks& yardsticks) {
   const int64_t bytes = shape.out * shape.in / 2 + shape.out * shape.in / group * 2 +
                         rank * (shape.out + shape.in) * 17 / 32;
-  const int copies = static_cast<int>(
-      rows > 64 ? 2 : std::clamp<int64_t>(3 * bench.gpu.facts.l2_bytes / bytes, 4, 40));
+  const int copies = copies_beyond_cache(bench, bytes, rows);
   const DeviceMemory noise = bench.random_bytes(std::max(shape.out, int64_t{1024}) * shape.in / 2);
   Rows x(bench, rows, shape.in, 4, group), h(bench, rows, std::max<int64_t>(rank, 64), 4, group);
   const DeviceMemory y(rows * shape.out * 4, "bench"), narrow(rows * 1024 * 4, "bench");
@@ -200,11 +241,25 @@ void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group,
     launch(job);
   });
   const double ops = 2.0 * static_cast<double>(rows) * static_cast<double>(shape.out * shape.in);
-  std::printf("%-20s m %5lld group %3lld rank %3lld: %9.2f us %8.1f TOP/s %7.2f TB/s %5.1f %%\n",
-              shape.name, static_cast<long long>(rows), static_cast<long long>(group),
-              static_cast<long long>(rank), us, ops / us * 1e-6,
-              static_cast<double>(bytes) / us * 1e-6,
-              100 * static_cast<double>(bytes) / us * 1e6 / bench.bandwidth);
+  const double share = static_cast<double>(bytes) / us * 1e6 / bench.bandwidth;
+  const auto over = [&](Yardstick type) { return yardsticks.us[static_cast<int>(type)] / us; };
+  std::printf(
+      "%-20s m %5lld group %3lld rank %3lld: %9.2f us %8.1f TOP/s %5.1f %% of bandwidth; over bf16 "
+      "%5.2f x, fp8 %5.2f x, int8 %5.2f x\n",
+      shape.name, static_cast<long long>(rows), static_cast<long long>(group),
+      static_cast<long long>(rank), us, ops / us * 1e-6, 100 * share, over(Yardstick::kBf16),
+      over(Yardstick::kFp8), over(Yardstick::kInt8));
+  bench.records.push_back({{"kernel", "packed"},
+                           {"matrix", shape.name},
+                           {"m", rows},
+                           {"group", group},
+                           {"rank", rank},
+                           {"us", us},
+                           {"tops", ops / us * 1e-6},
+                           {"bandwidth_share", share},
+                           {"cublaslt_bf16_us", yardsticks.us[0]},
+                           {"cublaslt_fp8_us", yardsticks.us[1]},
+                           {"cublaslt_int8_us", yardsticks.us[2]}});
 }
 
 void bench_rows(Bench& bench, int64_t rows, int64_t cols) {
@@ -230,6 +285,12 @@ void bench_rows(Bench& bench, int64_t rows, int64_t cols) {
       "rows %5lld x %5lld: round %8.2f us, norm and round %8.2f us, SwiGLU, Hadamard and round "
       "%8.2f us\n",
       static_cast<long long>(rows), static_cast<long long>(cols), plain, norm, swiglu);
+  bench.records.push_back({{"kernel", "rows"},
+                           {"rows", rows},
+                           {"cols", cols},
+                           {"round_us", plain},
+                           {"norm_round_us", norm},
+                           {"swiglu_hadamard_round_us", swiglu}});
 }
 
 void bench_heads(Bench& bench, int64_t rows) {
@@ -251,6 +312,7 @@ void bench_heads(Bench& bench, int64_t rows) {
   job.input = input.as<StepInput>();
   const double us = bench.time(20, [&](int) { launch_heads(job, bench.gpu); });
   std::printf("heads %5lld rows: %8.2f us\n", static_cast<long long>(rows), us);
+  bench.records.push_back({{"kernel", "heads"}, {"rows", rows}, {"us", us}});
 }
 
 void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
@@ -311,48 +373,70 @@ void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
       "attention %5lld rows after %6lld, %2d bits: %9.2f us %7.1f TFLOP/s %7.2f TB/s %5.1f %%\n",
       static_cast<long long>(rows), static_cast<long long>(pos0), bits, us, ops / us * 1e-6,
       bytes / us * 1e-6, 100 * bytes / us * 1e6 / bench.bandwidth);
+  bench.records.push_back({{"kernel", "attention"},
+                           {"rows", rows},
+                           {"keys_before", pos0},
+                           {"kv_bits", bits},
+                           {"us", us},
+                           {"tflops", ops / us * 1e-6},
+                           {"bandwidth_share", bytes / us * 1e6 / bench.bandwidth}});
 }
 
-void run(const std::string& which) {
+void run(const std::string& part, const std::string& json) {
   Bench bench;
   std::printf("%s, %d SMs, reads %.0f GB/s\n", bench.gpu.facts.name.c_str(), bench.gpu.facts.n_sms,
               bench.bandwidth * 1e-9);
-  const auto wanted = [&](const char* part) { return which.empty() || which == part; };
+  const auto wanted = [&](const char* which) { return part.empty() || part == which; };
   for (const Shape& shape : kShapes) {
-    if (wanted("matvec")) {
-      for (int64_t rows : {1, 4, 8, 16}) bench_packed(bench, shape, rows, 64, 0);
-      bench_packed(bench, shape, 1, 128, 0);
-      bench_packed(bench, shape, 1, 64, 128);
-    }
-    if (wanted("gemm")) {
-      for (int64_t rows : {64, 256, 1024, 2048, 4096}) bench_packed(bench, shape, rows, 64, 0);
-      for (int64_t rows : {256, 2048, 4096}) bench_packed(bench, shape, rows, 128, 0);
-      bench_packed(bench, shape, 2048, 64, 128);
-      bench_packed(bench, shape, 2048, 128, 128);
+    for (const int64_t rows : {1, 2, 4, 8, 16, 64, 256, 512, 1024, 2048, 4096}) {
+      if (!wanted(rows <= kMatvecRows ? "matvec" : "gemm")) continue;
+      const Yardsticks yardsticks = bench_cublas(bench, shape, rows);
+      for (const int64_t group : {64, 128}) {
+        for (const int64_t rank : {0, 128}) {
+          bench_packed(bench, shape, rows, group, rank, yardsticks);
+        }
+      }
     }
   }
   if (wanted("rows")) {
-    for (int64_t rows : {1, 16, 2048}) {
+    for (const int64_t rows : {1, 16, 2048}) {
       bench_rows(bench, rows, 4096);
       bench_rows(bench, rows, 12288);
       bench_heads(bench, rows);
     }
   }
   if (wanted("attention")) {
-    for (int bits : {16, 8, 4}) {
-      for (int64_t pos0 : {512, 4096, 32768}) bench_attention(bench, 1, pos0, bits);
+    for (const int bits : {16, 8, 4}) {
+      for (const int64_t pos0 : {512, 4096, 32768}) bench_attention(bench, 1, pos0, bits);
       bench_attention(bench, 2048, 0, bits);
     }
     bench_attention(bench, 4096, 0, 16);
   }
+  if (json.empty()) return;
+  const Json report = {{"gpu", bench.gpu.facts.name},
+                       {"multiprocessors", bench.gpu.facts.n_sms},
+                       {"read_bandwidth", bench.bandwidth},
+                       {"kernels", bench.records}};
+  std::ofstream file(json);
+  file << report.dump(1) << "\n";
+  if (!file) throw Error(ErrorKind::kIo, "cannot write", json, "see the file system");
 }
 
 }  // namespace
 }  // namespace tq::cuda
 
 int main(int argc, char** argv) {
+  std::string part, json;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--json" && i + 1 < argc) {
+      json = argv[++i];
+    } else {
+      part = argument;
+    }
+  }
   try {
-    tq::cuda::run(argc > 1 ? argv[1] : "");
+    tq::cuda::run(part, json);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "bench_cuda: %s\n", error.what());
     return 4;

@@ -305,14 +305,15 @@ def render(runs, version, text_sha256):
                       "|" + "---|" * len(head), *lines, END])
 
 
-def rewrite(block):
+def rewrite(block, first=BEGIN, last=END):
+    """Puts the block in the place of the one between these marks of the document."""
     with open(DOCUMENT, encoding="utf-8") as file:
         text = file.read()
-    begin, end = text.find(BEGIN), text.find(END)
+    begin, end = text.find(first), text.find(last)
     if begin < 0 or end < begin:
-        fail(f"{DOCUMENT} has no {BEGIN} ... {END}")
+        fail(f"{DOCUMENT} has no {first} ... {last}")
     with open(DOCUMENT + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text[:begin] + block + text[end + len(END):])
+        file.write(text[:begin] + block + text[end + len(last):])
     os.replace(DOCUMENT + ".tmp", DOCUMENT)
 
 
