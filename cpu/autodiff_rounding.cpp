@@ -4,6 +4,8 @@
 //   inside the range   dy/dx = 1    dy/ds = code - v
 //   clipped            dy/dx = 0    dy/ds = code
 // and s = f(m) clip for the element m that sets the scale, so m also gets ds/dm sum g dy/ds.
+// Asymmetric codes have two such elements, the greatest and the least, and ends of the range that
+// are whole steps, so there inside is what rounds into the range.
 #include "cpu/autodiff_rounding.h"
 
 #include <bit>
@@ -21,6 +23,7 @@ constexpr float kSlack = 1.0f + 0x1.0p-20f;
 
 struct Range {
   float low, high;
+  float slack = 0;  // how far outside is still inside
   static Range symmetric(int bits) {
     const float qmax = static_cast<float>((1 << (bits - 1)) - 1);
     return {-qmax, qmax};
@@ -35,43 +38,72 @@ struct Range {
     const float bounded = above < high ? above : high;
     return (bounded + kRoundMagic) - kRoundMagic;
   }
-  bool inside(float v) const { return v >= low * kSlack && v <= high * kSlack; }
+  bool inside(float v) const { return v >= (low - slack) * kSlack && v <= (high + slack) * kSlack; }
+};
+
+// An element that sets the scale.
+struct Setter {
+  int64_t index = 0;
+  float per_x = 0;  // d scale / d x[index]
 };
 
 // One group: the operations of plain_round in their order.
 struct GroupScale {
+  Range range;
   float scale, inverse;
-  int64_t index;   // of the element that sets the scale
   float per_clip;  // d scale / d clip
-  float per_x;     // d scale / d x[index]
+  Setter setters[2];
 };
 
+GroupScale asymmetric_scale_of(const float* x, int64_t count, int bits, float clip) {
+  float above = 0, below = 0;
+  Setter most, least;
+  for (int64_t i = 0; i < count; ++i) {
+    if (x[i] > above || std::isnan(x[i])) above = x[i], most.index = i;  // NaN stays
+    if (-x[i] > below) below = -x[i], least.index = i;
+  }
+  const float steps = static_cast<float>((1 << bits) - 1);
+  const float sum = above * clip + below * clip, inverse = sum > 0 ? steps / sum : 0.0f;
+  const float place = below * clip * inverse;
+  const float zero = ((place < steps ? place : steps) + kRoundMagic) - kRoundMagic;
+  if (above > 0) most.per_x = clip / steps;
+  if (below > 0) least.per_x = -clip / steps;
+  return {
+      {-zero, steps - zero, 0.5f}, sum / steps, inverse, (above + below) / steps, {most, least}};
+}
+
 GroupScale scale_of(const float* x, int64_t count, const GroupRounding& rounding, float clip) {
+  if (rounding.codes == ActCodes::kAsymmetric) {
+    return asymmetric_scale_of(x, count, rounding.bits, clip);
+  }
   GroupScale result = {};
+  Setter& setter = result.setters[0];
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t bits = std::bit_cast<uint32_t>(x[i]) & 0x7FFFFFFFu;
     if (bits > largest) {
       largest = bits;
-      result.index = i;
+      setter.index = i;
     }
   }
   const float magnitude = std::bit_cast<float>(largest);
-  const float sign = std::signbit(x[result.index]) ? -1.0f : 1.0f;
-  if (rounding.full_range) {
+  const float sign = std::signbit(x[setter.index]) ? -1.0f : 1.0f;
+  if (rounding.codes == ActCodes::kAll) {
+    result.range = Range::full(rounding.bits);
     const float half = static_cast<float>(1 << (rounding.bits - 1));
     const float reach = -(sign * magnitude * clip);
     result.inverse = largest > 0 ? half / reach : 0.0f;
     result.scale = reach / half;
     result.per_clip = -sign * magnitude / half;
-    result.per_x = -clip / half;
+    setter.per_x = -clip / half;
   } else {
-    const float qmax = Range::symmetric(rounding.bits).high;
+    result.range = Range::symmetric(rounding.bits);
+    const float qmax = result.range.high;
     const float amax = magnitude * clip;
     result.inverse = amax > 0 ? qmax / amax : 0.0f;
     result.scale = amax / qmax;
     result.per_clip = magnitude / qmax;
-    result.per_x = sign * clip / qmax;
+    setter.per_x = sign * clip / qmax;
   }
   return result;
 }
@@ -91,13 +123,13 @@ struct Groups {
 };
 
 // Adds the gradient of one group to dx; returns d loss / d scale.
-double group_gradient(const float* x, const float* g, int64_t count, float inverse, Range range,
+double group_gradient(const float* x, const float* g, int64_t count, const GroupScale& s,
                       float* dx) {
   double scale_gradient = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float v = x[i] * inverse;
-    const bool inside = range.inside(v);
-    scale_gradient += double{g[i]} * (double{range.code(v)} - (inside ? double{v} : 0.0));
+    const float v = x[i] * s.inverse;
+    const bool inside = s.range.inside(v);
+    scale_gradient += double{g[i]} * (double{s.range.code(v)} - (inside ? double{v} : 0.0));
     if (inside && dx) dx[i] += g[i];
   }
   return scale_gradient;
@@ -106,8 +138,6 @@ double group_gradient(const float* x, const float* g, int64_t count, float inver
 Var round_impl(const Var& x, const GroupRounding& rounding, const Var* clip, RoundGradient kind) {
   TQ_CHECK(rounding.bits >= 2 && rounding.bits <= 8);
   const Groups groups(x.shape(), rounding.group);
-  const Range range =
-      rounding.full_range ? Range::full(rounding.bits) : Range::symmetric(rounding.bits);
   const float factor = clip ? clip->item() : rounding.clip;
   Tensor value = new_tensor(x.tape(), x.shape());
   parallel_ranges(x.tape(), groups.count, 8 * groups.group, [&](int64_t first, int64_t last) {
@@ -116,7 +146,7 @@ Var round_impl(const Var& x, const GroupRounding& rounding, const Var* clip, Rou
       float* to = value.own() + groups.begin(i);
       const GroupScale s = scale_of(from, groups.size(i), rounding, factor);
       for (int64_t j = 0; j < groups.size(i); ++j)
-        to[j] = s.scale * range.code(from[j] * s.inverse);
+        to[j] = s.scale * s.range.code(from[j] * s.inverse);
     }
   });
   const int32_t x_node = x.node(), clip_node = clip ? clip->node() : kNoNode;
@@ -128,9 +158,14 @@ Var round_impl(const Var& x, const GroupRounding& rounding, const Var* clip, Rou
         ordered_sum(out.tape(), groups.count, 8 * groups.group, [&](int64_t i) {
           const int64_t at = groups.begin(i), size = groups.size(i);
           const GroupScale s = scale_of(kept.data() + at, size, rounding, factor);
-          const double ds = group_gradient(kept.data() + at, gradient.data() + at, size, s.inverse,
-                                           range, dx ? dx + at : nullptr);
-          if (dx && with_scale) dx[at + s.index] += static_cast<float>(ds * double{s.per_x});
+          const double ds = group_gradient(kept.data() + at, gradient.data() + at, size, s,
+                                           dx ? dx + at : nullptr);
+          if (dx && with_scale) {
+            for (const Setter& setter : s.setters) {
+              if (setter.per_x == 0.0f) continue;
+              dx[at + setter.index] += static_cast<float>(ds * double{setter.per_x});
+            }
+          }
           return ds * double{s.per_clip};
         });
     if (clip_node != kNoNode) *out.sum(clip_node) += static_cast<float>(clip_gradient);

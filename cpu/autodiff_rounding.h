@@ -16,16 +16,13 @@ namespace tq {
 struct GroupRounding {
   int bits = 4;        // 2 to 8
   int64_t group = 64;  // columns
-  /// false: scale = max|x| clip / qmax, codes -qmax..qmax with qmax = 2^(bits-1) - 1.
-  /// true: scale = -m clip / 2^(bits-1), m the first element of largest magnitude, so that m has
-  /// the code -2^(bits-1); codes to 2^(bits-1) - 1. The scale may be negative.
-  bool full_range = false;
+  ActCodes codes = ActCodes::kSymmetric;
   float clip = 1.0f;
 };
 
 enum class RoundGradient {
   kStraightThrough,  // scales are constants
-  kWithScale,        // and the exact gradient through the scale to the element that sets it
+  kWithScale,        // and the exact gradient through the scale to the elements that set it
 };
 
 /// Fake quantization along rows.

@@ -12,6 +12,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
+#include "model/act_codes.h"
 
 namespace tq {
 
@@ -61,7 +62,7 @@ struct RoundJob {
   int64_t count;
   int bits;
   float clip;
-  bool full_range;
+  ActCodes act_codes;
   int8_t* codes;  // [count]
   float* scale;   // one
 };

@@ -59,11 +59,23 @@ void lanes_rope(float* head, const float* cos, const float* sin, int64_t half) {
 }
 
 void lanes_round(const RoundJob& job) {
+  GroupReach reach = {};
   Lanes largest = Lanes::zero();
   for (int64_t i = 0; i < job.count; i += kLanes) {
     largest = Lanes::max_magnitude(largest, Lanes::load_first(job.x + i, job.count - i));
   }
-  const RoundScale by = round_scale(job, largest.max_of_magnitudes());
+  reach.largest = largest.max_of_magnitudes();
+  if (job.act_codes == ActCodes::kAsymmetric) {
+    Lanes above = Lanes::zero(), below = Lanes::zero();
+    for (int64_t i = 0; i < job.count; i += kLanes) {
+      const Lanes x = Lanes::load_first(job.x + i, job.count - i);
+      above = Lanes::max(x, above);  // the second where x is NaN
+      below = Lanes::max(Lanes::zero() - x, below);
+    }
+    reach.above = above.max_of_lanes();
+    reach.below = below.max_of_lanes();
+  }
+  const RoundScale by = round_scale(job, reach);
   *job.scale = by.scale;
   for (int64_t i = 0; i < job.count; i += kLanes) {
     const int64_t n = job.count - i;

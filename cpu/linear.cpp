@@ -169,7 +169,7 @@ class Plan {
     float* h = arena_.take<float>(rows_ * linear.rank());
     add_product(first_, wide_, *linear.branch_a, weight.branch_a, input_, linear.act, h, false);
     // The narrow input has groups of its own; clip belongs to x.
-    const ActQuant act = {linear.act.bits, linear.branch_b->group, 1.0f, linear.act.full_range};
+    const ActQuant act = {linear.act.bits, linear.branch_b->group, 1.0f, linear.act.codes};
     add_product(second_, narrow_, *linear.branch_b, weight.branch_b, h, act, out, true);
   }
 
@@ -203,7 +203,7 @@ class Plan {
     int8_t* codes = tokens.codes + row * tokens.padded_cols;
     float* scale = tokens.scales + row * tokens.n_groups + group;
     kernels.round({rounding.input + row * tokens.cols + begin, end - begin, rounding.act.bits,
-                   rounding.act.clip, rounding.act.full_range, codes + begin, scale});
+                   rounding.act.clip, rounding.act.codes, codes + begin, scale});
     for (int64_t col = end; col < padded_end; ++col) codes[col] = 0;
     for (const Offsets& offsets : rounding.offsets) {
       for (int64_t i = begin / offsets.inner; i * offsets.inner < padded_end; ++i) {

@@ -86,11 +86,15 @@ void plain_round(const RoundJob& job) {
   // The bit pattern of |x| orders like |x|, with NaN above infinity: a NaN in the group becomes its
   // scale and reaches the output instead of being rounded away.
   uint32_t largest = 0;
+  float above = 0, below = 0;
   for (int64_t i = 0; i < job.count; ++i) {
-    const uint32_t bits = std::bit_cast<uint32_t>(job.x[i]) & 0x7FFFFFFFu;
+    const float x = job.x[i];
+    const uint32_t bits = std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu;
     largest = bits > largest ? bits : largest;
+    above = x > above ? x : above;
+    below = -x > below ? -x : below;
   }
-  const RoundScale by = round_scale(job, std::bit_cast<float>(largest));
+  const RoundScale by = round_scale(job, {std::bit_cast<float>(largest), above, below});
   *job.scale = by.scale;
   for (int64_t i = 0; i < job.count; ++i) {
     const float scaled = job.x[i] * by.inverse;

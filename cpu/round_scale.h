@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cpu/exp_constants.h"
 #include "cpu/kernels.h"
 
 namespace tq {
@@ -17,10 +18,22 @@ struct RoundScale {
   float low, high;       // of the codes
 };
 
-/// largest: the greatest |x| of the group by bit pattern (NaN above infinity).
-RoundScale round_scale(const RoundJob& job, float largest) {
-  const float half = static_cast<float>(1 << (job.bits - 1));
-  if (!job.full_range) {
+/// What the scale of a group depends on.
+struct GroupReach {
+  float largest;               // |x| by bit pattern (NaN above infinity)
+  float above = 0, below = 0;  // the greatest x and -x, not below 0 (asymmetric codes)
+};
+
+RoundScale round_scale(const RoundJob& job, const GroupReach& reach) {
+  const float half = static_cast<float>(1 << (job.bits - 1)), largest = reach.largest;
+  if (job.act_codes == ActCodes::kAsymmetric) {
+    const float steps = 2 * half - 1, below = reach.below * job.clip;
+    const float range = largest != largest ? largest : reach.above * job.clip + below;
+    const float inverse = range > 0 ? steps / range : 0.0f, place = below * inverse;
+    const float zero = ((place < steps ? place : steps) + kRoundMagic) - kRoundMagic;
+    return {range / steps, inverse, -zero, steps - zero};
+  }
+  if (job.act_codes == ActCodes::kSymmetric) {
     const float amax = largest * job.clip;
     return {amax / (half - 1), amax > 0 ? (half - 1) / amax : 0.0f, 1 - half, half - 1};
   }

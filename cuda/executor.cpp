@@ -34,7 +34,7 @@ void add_transform(RowsJob& job, const CudaTransform& transform, bool inverse, f
 void add_rounding(RowsJob& job, const ActQuant& act, const Gpu& gpu, Arena& arena) {
   job.bits = act.bits;
   job.clip = act.clip;
-  job.full_range = act.full_range;
+  job.act_codes = act.codes;
   RoundedRows& to = job.rounded;
   to.padded_cols = (job.cols + kBlockCols - 1) / kBlockCols * kBlockCols;
   to.group = static_cast<int32_t>(act.group >= job.cols ? to.padded_cols : act.group);

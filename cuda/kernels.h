@@ -58,7 +58,7 @@ struct RowsJob {
   // Rounding (model/weights.h, ActQuant).
   int bits;  // 16: none
   float clip;
-  bool full_range;
+  ActCodes act_codes;
   RoundedRows rounded;
   float* expanded;  // scale * code [rows, cols], where a dense matrix wants rounded input
 };

@@ -45,11 +45,22 @@ __device__ double block_sum(double value, double* scratch) {
 // The numbers of one rounded group (model/weights.h, ActQuant).
 struct GroupScale {
   float scale, inverse, low, high;
-  // largest: the greatest |x|; first: the first x of that magnitude, for the full range.
-  __device__ GroupScale(const RowsJob& job, float largest, float first) {
+  // largest: the greatest |x|; first: the first x of that magnitude, for all codes; above, below:
+  // the greatest x and -x, not below 0, for asymmetric ones.
+  __device__ GroupScale(const RowsJob& job, float largest, float first, float above, float below) {
     const float half = static_cast<float>(1 << (job.bits - 1));
     high = half - 1;
-    if (job.full_range) {
+    if (job.act_codes == ActCodes::kAsymmetric) {
+      const float steps = 2 * half - 1;
+      below *= job.clip;
+      const float range = isnan(largest) ? largest : above * job.clip + below;
+      inverse = range > 0 ? steps / range : 0.0f;
+      const float place = below * inverse;
+      const float zero = ((place < steps ? place : steps) + kRoundMagic) - kRoundMagic;
+      scale = range / steps;
+      low = -zero;
+      high = steps - zero;
+    } else if (job.act_codes == ActCodes::kAll) {
       const float a = first * job.clip;
       scale = -a / half;
       inverse = a < 0 || a > 0 ? half / -a : 0.0f;
@@ -229,7 +240,16 @@ __device__ void round_group(const RowsJob& job, int64_t row, int group, const At
     break;
   }
   first = __reduce_min_sync(kFullMask, first);
-  const GroupScale by(job, __uint_as_float(largest), at(first));
+  float above = 0, below = 0;
+  if (job.act_codes == ActCodes::kAsymmetric) {
+    for (int i = begin + lane; i < end; i += kWarp) {
+      above = fmaxf(above, at(i));
+      below = fmaxf(below, -at(i));
+    }
+    above = warp_max(above);
+    below = warp_max(below);
+  }
+  const GroupScale by(job, __uint_as_float(largest), at(first), above, below);
   if (lane == 0) to.scales[scale_offset(to, row, group)] = by.scale;
   for (int i = begin + lane; i < end; i += kWarp) {
     const float code = by.code(at(i));
@@ -266,7 +286,20 @@ __device__ void round_stretch(const RowsJob& job, int64_t row, int stretch, cons
   for (int step = lanes / 2; step > 0; step /= 2) {
     first = min(first, __shfl_xor_sync(kFullMask, first, step));
   }
-  const GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31));
+  float above = 0, below = 0;
+  if (job.act_codes == ActCodes::kAsymmetric) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      above = fmaxf(above, x[i]);
+      below = fmaxf(below, -x[i]);
+    }
+    for (int step = lanes / 2; step > 0; step /= 2) {
+      above = fmaxf(above, __shfl_xor_sync(kFullMask, above, step));
+      below = fmaxf(below, __shfl_xor_sync(kFullMask, below, step));
+    }
+  }
+  const GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31), above,
+                      below);
   if (inside && lane % lanes == 0) {
     to.scales[scale_offset(to, row, col >> to.group_shift)] = by.scale;
   }

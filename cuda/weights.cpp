@@ -142,7 +142,7 @@ CudaLinear::CudaLinear(const Linear& linear, Uploader& uploader, const Gpu& gpu)
   branch_a_rows_ = linear.branch_a->rows;
   // x A^T has groups of its own; clip belongs to x.
   branch_act = {act.bits, linear.branch_b->packed() ? linear.branch_b->group : int64_t{64}, 1.0f,
-                act.full_range};
+                act.codes};
   add(branch_a, *linear.branch_a, act.group);
   add(branch_b, *linear.branch_b, branch_act.group);
 }

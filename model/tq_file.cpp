@@ -95,7 +95,11 @@ void TqWriter::add_linear(const std::string& name, const Linear& linear, bool ti
   if (linear.act.bits < 16) {
     json["act"]["group"] = linear.act.group;
     json["act"]["clip"] = linear.act.clip;
-    if (linear.act.full_range) json["act"]["full_range"] = true;
+    if (linear.act.codes == ActCodes::kAll) json["act"]["full_range"] = true;
+    if (linear.act.codes == ActCodes::kAsymmetric) {
+      json["act"]["asymmetric"] = true;
+      version_ = 3;
+    }
   }
   linears_[name] = std::move(json);
 }
@@ -122,7 +126,7 @@ void TqWriter::finish(const ModelTexts& texts, const Json& quantization) {
     add(std::string("text.") + text.name, "U8", {static_cast<int64_t>(value.size())},
         std::as_bytes(std::span(value)));
   }
-  Json header = {{"tq_format", kTqFormatVersion}, {"quantization", quantization}};
+  Json header = {{"tq_format", version_}, {"quantization", quantization}};
   if (!residual_basis_.is_null()) header["residual_basis"] = residual_basis_;
   if (!output_basis_.is_null()) header["output_basis"] = output_basis_;
   header["linears"] = std::move(linears_);
@@ -133,7 +137,7 @@ void TqWriter::finish(const ModelTexts& texts, const Json& quantization) {
   const std::string text = header.dump();
   TqPrologue prologue{};
   std::memcpy(prologue.magic, kTqMagic, sizeof prologue.magic);
-  prologue.version = kTqFormatVersion;
+  prologue.version = version_;
   prologue.byte_order = kTqByteOrder;
   prologue.header_offset = file_.size();
   prologue.header_bytes = text.size();

@@ -14,7 +14,7 @@
 
 namespace tq {
 
-constexpr uint32_t kTqFormatVersion = 2;  // written; all versions from 1 on are read
+constexpr uint32_t kTqFormatVersion = 3;  // the newest; all versions from 1 on are read
 
 /// True if the file starts with the .tq magic.
 bool looks_like_tq(const std::string& path);
@@ -58,6 +58,7 @@ class TqWriter {
   Json skips_;
   Json residual_basis_, output_basis_;
   int kv_bits_ = 16;
+  uint32_t version_ = 2;  // the oldest that has all that was added
 };
 
 /// Checks every byte of a .tq file: prologue, header, each tensor's checksum, zero padding.

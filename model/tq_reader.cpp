@@ -372,13 +372,20 @@ class Reader {
   }
 
   ActQuant act(const Json& json, const std::string& name) {
-    only_keys(json, name + ".act", {"bits", "group", "clip", "full_range"});
+    only_keys(json, name + ".act", {"bits", "group", "clip", "full_range", "asymmetric"});
     ActQuant act;
     act.bits = static_cast<int>(require_int(json, "bits", 3, 16, path_));
     if (act.bits == 16) return act;
     act.group = require_int(json, "group", 0, kMaxDim, path_);
     act.clip = static_cast<float>(optional_number(json, "clip", 1.0, path_));
-    act.full_range = optional_bool(json, "full_range", false, path_);
+    const bool full_range = optional_bool(json, "full_range", false, path_);
+    const bool asymmetric = optional_bool(json, "asymmetric", false, path_);
+    if (asymmetric && (full_range || act.bits == 8)) {
+      throw bad(path_, name + ": asymmetric codes " +
+                           (full_range ? "contradict full_range" : "of 8 bits do not fit a byte"));
+    }
+    if (full_range) act.codes = ActCodes::kAll;
+    if (asymmetric) act.codes = ActCodes::kAsymmetric;
     if ((act.bits != 3 && act.bits != 4 && act.bits != 8) ||
         (act.group != 32 && act.group != 64 && act.group != 128) ||
         !(act.clip > 0.0f && act.clip <= 1.0f)) {

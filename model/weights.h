@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "model/act_codes.h"
 #include "model/config.h"
 #include "model/json.h"
 #include "model/tensor.h"
@@ -69,15 +70,13 @@ struct Transform {
   bool active() const { return kind != Kind::kNone; }
 };
 
-/// How the input of a linear is rounded at run time, per token and group of columns. bits = 16
-/// means not rounded (f32 is used). Symmetric: scale = max|x| * clip / (2^(bits-1) - 1), codes
-/// -(2^(bits-1) - 1) .. 2^(bits-1) - 1. Full range: the first x of the largest magnitude gets the
-/// lowest code, scale = -x * clip / 2^(bits-1), which may be negative; codes from -2^(bits-1) on.
+/// How the input of a linear is rounded at run time, per token and group of columns: to scale *
+/// code. bits = 16 means not rounded (f32 is used).
 struct ActQuant {
   int bits = 16;       // 3, 4, 8 or 16
   int64_t group = 64;  // columns per scale; 32, 64 or 128; need not be the weight's
   float clip = 1.0f;
-  bool full_range = false;
+  ActCodes codes = ActCodes::kSymmetric;
   bool operator==(const ActQuant&) const = default;
 };
 

@@ -16,7 +16,7 @@ struct Preset {
   int64_t rank = 0;
   Split split = Split::kSvd;
   int branch_bits = 16;
-  bool full_range = false;
+  ActCodes act_codes = ActCodes::kSymmetric;
   int64_t steps = 0, refine_steps = 0;
 };
 
@@ -30,12 +30,12 @@ constexpr Preset kPresets[] = {
     {.name = "spinquant",                                    // Liu et al. 2025
      .basis = Basis::kLearned,
      .rounding = RoundingKind::kGptqCorrected,
-     .full_range = true,
+     .act_codes = ActCodes::kAll,
      .steps = kLearningSteps},
     {.name = "respinquant",  // Kim et al. 2026
      .basis = Basis::kLayerwise,
      .rounding = RoundingKind::kGptqCorrected,
-     .full_range = true,
+     .act_codes = ActCodes::kAll,
      .steps = kLearningSteps},
     {.name = "twinquant",  // Wang et al. 2026
      .basis = Basis::kLearned,
@@ -43,7 +43,7 @@ constexpr Preset kPresets[] = {
      .rank = 32,
      .split = Split::kFit,
      .branch_bits = 4,
-     .full_range = true,
+     .act_codes = ActCodes::kAll,
      .steps = kLearningSteps,
      .refine_steps = 24}};
 
@@ -117,7 +117,7 @@ QuantizeOptions method_preset(const std::string& method) {
     options.rank = preset.rank;
     options.split = preset.split;
     options.branch_bits = preset.branch_bits;
-    options.full_range = preset.full_range;
+    options.act_codes = preset.act_codes;
     options.steps = preset.steps;
     options.refine_steps = preset.refine_steps;
     if (preset.rounding == RoundingKind::kStore) options.bits_w = options.bits_a = 16;
@@ -137,6 +137,10 @@ void check_options(const QuantizeOptions& options, const Config& config) {
   if (options.copies_weights() && options.bits_a != 16) {
     usage("--bits-a " + std::to_string(options.bits_a) + " contradicts --method none",
           "it rounds nothing");
+  }
+  if (options.act_codes == ActCodes::kAsymmetric && options.bits_a != 4 && options.bits_a != 3) {
+    usage("--act-codes asymmetric contradicts --bits-a " + std::to_string(options.bits_a),
+          "give --bits-a 4 or 3; wider codes, shifted by their zero point, do not fit a byte");
   }
   if (options.act_order && !options.uses_gptq()) {
     usage("--act-order has no effect without GPTQ", "give --rounding gptq or gptq-ls");
@@ -187,7 +191,8 @@ Json describe_options(const QuantizeOptions& options) {
   json["bits_a"] = options.bits_a;
   json["group"] = options.group;
   json["group_a"] = options.group_a;
-  json["full_range"] = options.full_range;
+  json["full_range"] = options.act_codes == ActCodes::kAll;
+  if (options.act_codes == ActCodes::kAsymmetric) json["asymmetric"] = true;
   json["rank"] = options.rank;
   if (options.rank > 0) {
     json["split"] = options.split == Split::kFit ? "fit" : "svd";

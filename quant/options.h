@@ -46,10 +46,10 @@ struct QuantizeOptions {
   int64_t basis_rank = 32;  // kLayerwise: of the rotations between bases; dim = exact
   int bits_w =
       4;  // 3 (stored as 4), 4 or 8; 16 and 32 store the weights of the chosen basis unrounded
-  int bits_a = 8;           // inputs of the linears at run time: 3, 4, 8, or 16 (not rounded)
-  int64_t group = 64;       // columns per scale of the weights: 32, 64 or 128
-  int64_t group_a = 64;     // columns per scale of the inputs
-  bool full_range = false;  // inputs use all codes (model/weights.h, ActQuant); clips are searched
+  int bits_a = 8;        // inputs of the linears at run time: 3, 4, 8, or 16 (not rounded)
+  int64_t group = 64;    // columns per scale of the weights: 32, 64 or 128
+  int64_t group_a = 64;  // columns per scale of the inputs
+  ActCodes act_codes = ActCodes::kSymmetric;  // of the inputs; for all codes clips are searched
   // 4, 8, 16, or 32 (an f32 source stays f32). Equal for tied embeddings: the file holds one table.
   int embed_bits = 16, head_bits = 16;
   int kv_bits = 16;  // of the KV cache, unless who runs the model asks for others: 16, 8 or 4

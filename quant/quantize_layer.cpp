@@ -87,7 +87,7 @@ int64_t store_linear(const FloatMatrix& target, const LinearPlan& plan,
   if (inputs.stats) {
     out.act = inputs.stats->act();
   } else {
-    out.act.full_range = options.full_range;
+    out.act.codes = options.act_codes;
   }
   if (options.rounds_branch()) return round_with_branch(target, given, inputs, options, out);
   const RoundingSpec spec{options.bits_w, options.group};

@@ -216,7 +216,7 @@ class Student {
 
   static Var round_input(const Var& x, const ActQuant& act) {
     if (act.bits >= 16) return x;
-    return round_groups(x, {act.bits, act.group, act.full_range, act.clip});
+    return round_groups(x, {act.bits, act.group, act.codes, act.clip});
   }
 
   static Var gained(const Var& x, const std::vector<float>& gain) {

@@ -117,7 +117,8 @@ Json write_linear(LayerWriter& writer, const OwnedLinear& linear) {
     json["branch_b"] = writer.matrix(*linear.branch_b);
   }
   json["transformed"] = linear.input.active();
-  json["act"] = {linear.act.bits, linear.act.group, linear.act.clip, linear.act.full_range};
+  json["act"] = {linear.act.bits, linear.act.group, linear.act.clip,
+                 static_cast<int>(linear.act.codes)};
   return json;
 }
 
@@ -147,7 +148,7 @@ OwnedLinear read_linear(LayerReader& reader, const Json& json, const Transform& 
   linear.act.bits = json.at("act").at(0).get<int>();
   linear.act.group = json.at("act").at(1).get<int64_t>();
   linear.act.clip = json.at("act").at(2).get<float>();
-  linear.act.full_range = json.at("act").at(3).get<bool>();
+  linear.act.codes = static_cast<ActCodes>(json.at("act").at(3).get<int>());
   return linear;
 }
 

@@ -35,9 +35,11 @@ RoundedLayer::RoundedLayer(Tape& tape, const FloatLayer& layer, const LayerBases
       context_(context),
       rounds_(bases != nullptr),
       rounds_input_(bases && options.bits_a < 16),
-      weight_rounding_{std::min(options.bits_w, 8), options.group, false, kWeightClip},
-      branch_rounding_{std::min(options.branch_bits, 8), options.group, false, kWeightClip},
-      input_rounding_{options.bits_a, options.group_a, options.full_range, 1.0f} {
+      weight_rounding_{std::min(options.bits_w, 8), options.group, ActCodes::kSymmetric,
+                       kWeightClip},
+      branch_rounding_{std::min(options.branch_bits, 8), options.group, ActCodes::kSymmetric,
+                       kWeightClip},
+      input_rounding_{options.bits_a, options.group_a, options.act_codes, 1.0f} {
   if (!bases) return;
   in_ = leaf(bases->in);
   mid_ = leaf(bases->mid);

@@ -30,7 +30,7 @@ void round_tokens(const float* x, int64_t rows, int64_t cols, const ActQuant& ac
       for (int64_t col = 0; col < cols; col += group) {
         const int64_t count = std::min(group, cols - col), at = row * cols + col;
         float scale = 0;
-        kernels.round({x + at, count, act.bits, act.clip, act.full_range, codes.data(), &scale});
+        kernels.round({x + at, count, act.bits, act.clip, act.codes, codes.data(), &scale});
         for (int64_t i = 0; i < count; ++i) {
           out[at + i] = scale * static_cast<float>(codes[static_cast<size_t>(i)]);
         }
@@ -63,11 +63,11 @@ float search_clip(const float* x, int64_t rows, int64_t cols, const ActQuant& ac
 SiteStats::SiteStats(int64_t n, const QuantizeOptions& options)
     : corrects_(options.rounding == RoundingKind::kGptqCorrected && options.bits_a < 16),
       fits_(options.rounds_branch()),
-      searches_clip_(options.full_range && options.bits_a < 8),
+      searches_clip_(options.act_codes == ActCodes::kAll && options.bits_a < 8),
       gram_(n) {
   act_.bits = options.bits_a;
   act_.group = options.group_a;
-  act_.full_range = options.full_range;
+  act_.codes = options.act_codes;
   if (corrects_) drift_ = {n, n, std::vector<float>(static_cast<size_t>(n * n))};
   if (fits_) rounded_ = {0, n, {}};
 }

@@ -134,7 +134,7 @@ struct Rows {
     job.n_parts = 1;
     job.bits = bits;
     job.clip = 1.0f;
-    job.full_range = true;
+    job.act_codes = ActCodes::kAll;
     RoundedRows& to = job.rounded;
     to.padded_cols = (cols + kBlockCols - 1) / kBlockCols * kBlockCols;
     const int64_t padded_rows = (rows + kRowStep - 1) / kRowStep * kRowStep;

@@ -14,19 +14,27 @@ Floats rounded(const Floats& x, Shape shape, const GroupRounding& rounding) {
   return Floats(y.data(), y.data() + x.size());
 }
 
-TEST(RoundGroups, SymmetricValuesAreTheRuntimesBits) {
+constexpr ActCodes kAllCodes[] = {ActCodes::kSymmetric, ActCodes::kAll, ActCodes::kAsymmetric};
+
+TEST(RoundGroups, ValuesAreTheRuntimesBits) {
   Floats x = random_floats(7 * 150, 1);
   for (size_t i = 0; i < 64; ++i) x[i] = 0;                                  // a group of zeros
   for (size_t i = 0; i < 7; ++i) x[150 + i] = 0.5f * static_cast<float>(i);  // ties
-  for (int bits : {4, 8}) {
+  for (size_t i = 0; i < 150; ++i) x[300 + i] = std::fabs(x[300 + i]);       // one side only
+  const std::pair<int, ActCodes> kinds[] = {{4, ActCodes::kSymmetric},
+                                            {8, ActCodes::kSymmetric},
+                                            {4, ActCodes::kAll},
+                                            {3, ActCodes::kAsymmetric},
+                                            {4, ActCodes::kAsymmetric}};
+  for (const auto& [bits, kind] : kinds) {
     for (float clip : {1.0f, 0.8f}) {
-      const Floats y = rounded(x, {1, 7, 150}, {bits, 64, false, clip});
+      const Floats y = rounded(x, {1, 7, 150}, {bits, 64, kind, clip});
       for (int64_t row = 0; row < 7; ++row) {
         for (int64_t begin = 0; begin < 150; begin += 64) {
           const int64_t count = std::min<int64_t>(64, 150 - begin), at = row * 150 + begin;
           int8_t codes[64];
           float scale;
-          plain_round({x.data() + at, count, bits, clip, false, codes, &scale});
+          plain_round({x.data() + at, count, bits, clip, kind, codes, &scale});
           for (int64_t i = 0; i < count; ++i) {
             ASSERT_EQ(y[static_cast<size_t>(at + i)], scale * static_cast<float>(codes[i]));
           }
@@ -40,11 +48,19 @@ TEST(RoundGroups, HandSizedCases) {
   // 3 bits, symmetric: scale 6 / 3 = 2, codes -3..3.
   EXPECT_EQ(rounded({6, -5.5f, 3, 0.9f}, {1, 1, 4}, {3, 4}), (Floats{6, -6, 4, 0}));
   // Full range of 4 bits: m = -8 has the code -8 with scale 1; +8 is clipped to 7.
-  EXPECT_EQ(rounded({-8, 8, 2.4f, -0.6f}, {1, 1, 4}, {4, 4, true}), (Floats{-8, 7, 2, -1}));
+  EXPECT_EQ(rounded({-8, 8, 2.4f, -0.6f}, {1, 1, 4}, {4, 4, ActCodes::kAll}),
+            (Floats{-8, 7, 2, -1}));
   // m = +8: scale -1, so the range is -7..8.
-  EXPECT_EQ(rounded({8, -8, 2.4f, -0.6f}, {1, 1, 4}, {4, 4, true}), (Floats{8, -7, 2, -1}));
+  EXPECT_EQ(rounded({8, -8, 2.4f, -0.6f}, {1, 1, 4}, {4, 4, ActCodes::kAll}),
+            (Floats{8, -7, 2, -1}));
+  // Asymmetric: 15 steps of 1 from -4 to 11; at half of it, from -2 to 5.5.
+  EXPECT_EQ(rounded({-4, 11, 2.4f, -0.6f}, {1, 1, 4}, {4, 4, ActCodes::kAsymmetric}),
+            (Floats{-4, 11, 2, -1}));
+  EXPECT_EQ(rounded({-4, 11, 2.4f, -0.6f}, {1, 1, 4}, {4, 4, ActCodes::kAsymmetric, 0.5f}),
+            (Floats{-2, 5.5f, 2.5f, -0.5f}));
   // Half of the range: what lies outside becomes its end.
-  EXPECT_EQ(rounded({7, 1, -1, -7}, {1, 1, 4}, {4, 4, false, 0.5f}), (Floats{3.5f, 1, -1, -3.5f}));
+  EXPECT_EQ(rounded({7, 1, -1, -7}, {1, 1, 4}, {4, 4, ActCodes::kSymmetric, 0.5f}),
+            (Floats{3.5f, 1, -1, -3.5f}));
 }
 
 // Codes, and what is inside the range, frozen at the inputs of the case: a smooth function with the
@@ -57,19 +73,37 @@ struct Frozen {
   double clip0;
 
   double scale(const Doubles& x, size_t at, size_t count, double clip) const {
-    size_t k = at;
+    size_t k = at, most = at, least = at;
     for (size_t i = at; i < at + count; ++i) {
       if (std::fabs(x0[i]) > std::fabs(x0[k])) k = i;
+      if (x0[i] > x0[most]) most = i;
+      if (x0[i] < x0[least]) least = i;
     }
     const double half = 1 << (rounding.bits - 1);
     const double m = x[k] * clip;
-    return rounding.full_range ? -m / half : std::fabs(m) / (half - 1);
+    if (rounding.codes == ActCodes::kAsymmetric) {
+      return clip * (std::max(0.0, x[most]) - std::min(0.0, x[least])) / (2 * half - 1);
+    }
+    return rounding.codes == ActCodes::kAll ? -m / half : std::fabs(m) / (half - 1);
+  }
+  // The range of codes of a group with this scale, and how far outside is still inside.
+  struct Ends {
+    double low, high, slack;
+  };
+  Ends ends(size_t at, size_t count, double s0) const {
+    const double half = 1 << (rounding.bits - 1);
+    if (rounding.codes != ActCodes::kAsymmetric) {
+      return {rounding.codes == ActCodes::kAll ? -half : 1 - half, half - 1, 0};
+    }
+    double least = 0;
+    for (size_t i = at; i < at + count; ++i) least = std::min(least, double{x0[i]});
+    const double zero = std::nearbyint(-least * clip0 / s0);
+    return {-zero, 2 * half - 1 - zero, 0.5};
   }
   Doubles operator()(const std::vector<Doubles>& in) const {
     const Doubles& x = in[0];
     const Doubles base(x0.begin(), x0.end());
     const double clip = in.size() > 1 ? in[1][0] : clip0;
-    const double half = 1 << (rounding.bits - 1), low = rounding.full_range ? -half : 1 - half;
     Doubles y;
     for (int64_t row = 0; row < shape.batch * shape.rows; ++row) {
       for (int64_t begin = 0; begin < shape.cols; begin += rounding.group) {
@@ -77,10 +111,11 @@ struct Frozen {
         const size_t count = static_cast<size_t>(std::min(rounding.group, shape.cols - begin));
         const double s0 = scale(base, at, count, clip0);
         const double s = frozen_scale ? s0 : scale(x, at, count, clip);
+        const auto [low, high, slack] = ends(at, count, s0);
         for (size_t i = at; i < at + count; ++i) {
           const double v0 = base[i] / s0;
-          const bool inside = v0 > low - 1e-6 && v0 < half - 1 + 1e-6;
-          const double code = std::clamp(std::nearbyint(v0), low, half - 1);
+          const bool inside = v0 > low - slack - 1e-6 && v0 < high + slack + 1e-6;
+          const double code = std::clamp(std::nearbyint(v0), low, high);
           y.push_back(inside ? x[i] + s * (code - v0) : s * code);
         }
       }
@@ -110,9 +145,9 @@ void check_rounding(const GroupRounding& rounding, RoundGradient kind, bool lear
 
 TEST(RoundGroups, GradientsWithCodesFrozen) {
   for (int bits : {3, 4, 8}) {
-    for (bool full_range : {false, true}) {
+    for (ActCodes codes : kAllCodes) {
       for (float clip : {1.0f, 0.6f}) {
-        const GroupRounding rounding = {bits, 4, full_range, clip};
+        const GroupRounding rounding = {bits, 4, codes, clip};
         check_rounding(rounding, RoundGradient::kStraightThrough, false);
         check_rounding(rounding, RoundGradient::kWithScale, false);
         check_rounding(rounding, RoundGradient::kWithScale, true);
@@ -141,6 +176,35 @@ TEST(RoundGroups, ScaleGradientIsTheTrueSlopeAlongTheElementThatSetsIt) {
   // sum over i != k of w_i v_i / qmax is the difference.
   const double surrogate = (1 * 2.2 + -2 * -3.1 + 3 * 0.9) / 7;
   EXPECT_NEAR(static_cast<double>(gradient[0]), true_slope - surrogate, 1e-5);  // 24 eps of 3
+}
+
+TEST(RoundGroups, AsymmetricScaleGradientIsTheTrueSlopeAlongBothEnds) {
+  // y_i = s code_i with s = (x_0 - x_2) / 15, away from code boundaries.
+  const Floats x = {10.2f, 2.2f, -4.8f, 0.9f}, w = {0.5f, 1, -2, 3};  // s = 1, z = round(4.8) = 5
+  const GroupRounding rounding = {4, 4, ActCodes::kAsymmetric};
+  Floats gradient(4);
+  Tape tape(kernels_for(best_isa()), 1);
+  const Var v = tape.parameter({1, 1, 4}, x.data(), gradient.data());
+  tape.backward(round_groups(v, rounding), Tensor({1, 1, 4}, w.data()));
+  const auto loss = [&](size_t moved, float by) {
+    Floats at = x;
+    at[moved] += by;
+    const Floats r = rounded(at, {1, 1, 4}, rounding);
+    double sum = 0;
+    for (size_t i = 0; i < 4; ++i) sum += double{w[i]} * double{r[i]};
+    return sum;
+  };
+  double v_sum = 0;  // sum of w_i v_i
+  for (size_t i = 0; i < 4; ++i) v_sum += double{w[i]} * double{x[i]};
+  const double ends[2] = {1, -1};  // signs of ds / dx
+  for (size_t k = 0; k < 2; ++k) {
+    const size_t end = 2 * k;
+    const double true_slope = (loss(end, 0.125f) - loss(end, -0.125f)) / 0.25;
+    // Straight through moves every v_i by 1 / s of its own and by -v_i / s of the scale's change;
+    // the true function sees neither.
+    const double surrogate = double{w[end]} - ends[k] * v_sum / 15;
+    EXPECT_NEAR(static_cast<double>(gradient[end]), true_slope + surrogate, 1e-5);  // as above
+  }
 }
 
 TEST(RoundWithScales, GradientsOfWeightsAndScales) {

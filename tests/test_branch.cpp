@@ -241,19 +241,19 @@ TEST(SearchClip, NeverIncreasesTheErrorAndClipsNormalInputs) {
     round_tokens(x.data.data(), x.rows, x.cols, act, rounded.data.data(), 1);
     return energy(difference(x, rounded));
   };
-  for (bool full_range : {false, true}) {
+  for (ActCodes codes : {ActCodes::kSymmetric, ActCodes::kAll, ActCodes::kAsymmetric}) {
     for (int bits : {3, 4}) {
       for (uint64_t seed : {1u, 2u, 3u}) {
         FloatMatrix x = random_matrix(40, 128, seed);
         for (int64_t i = 0; seed > 1 && i < x.size(); i += 37) {
           x.data[static_cast<size_t>(i)] *= seed == 2 ? 4.0f : 0.1f;
         }
-        ActQuant act{bits, 64, 1.0f, full_range};
+        ActQuant act{bits, 64, 1.0f, codes};
         const double before = error(x, act);
         act.clip = search_clip(x.data.data(), x.rows, x.cols, act, 2);
         EXPECT_LE(error(x, act), before);
         if (seed == 1) {
-          EXPECT_LT(act.clip, 1.0f) << bits << full_range;
+          EXPECT_LT(act.clip, 1.0f) << bits << static_cast<int>(codes);
         }
       }
     }

@@ -125,7 +125,7 @@ struct LinearCase {
   std::string name;
   Storage weight = Storage::kQ4;
   int64_t out = 48, in = 128, weight_group = 64;
-  ActQuant act = {4, 64, 1.0f, false};
+  ActQuant act = {4, 64, 1.0f, ActCodes::kSymmetric};
   int64_t rank = 0, branch_group = 32;
   Storage branch = Storage::kQ4;
   int64_t block = 0;  // Hadamard
@@ -134,18 +134,23 @@ struct LinearCase {
 std::vector<LinearCase> linear_cases() {
   std::vector<LinearCase> cases;
   for (Storage storage : {Storage::kF32, Storage::kF16, Storage::kBF16}) {
-    cases.push_back({"dense", storage, 70, 136, 0, {16, 64, 1.0f, false}});
-    cases.push_back({"dense, odd columns", storage, 33, 75, 0, {16, 64, 1.0f, false}});
-    cases.push_back({"dense, rounded input", storage, 33, 160, 0, {4, 64, 0.9f, true}});
+    cases.push_back({"dense", storage, 70, 136, 0, {16, 64, 1.0f, ActCodes::kSymmetric}});
+    cases.push_back(
+        {"dense, odd columns", storage, 33, 75, 0, {16, 64, 1.0f, ActCodes::kSymmetric}});
+    cases.push_back({"dense, rounded input", storage, 33, 160, 0, {4, 64, 0.9f, ActCodes::kAll}});
   }
   for (Storage storage : {Storage::kQ4, Storage::kQ8}) {
-    cases.push_back({"packed, input not rounded", storage, 100, 200, 64, {16, 64, 1.0f, false}});
-    cases.push_back({"packed, short groups", storage, 21, 56, 8, {8, 32, 1.0f, false}});
+    cases.push_back(
+        {"packed, input not rounded", storage, 100, 200, 64, {16, 64, 1.0f, ActCodes::kSymmetric}});
+    cases.push_back(
+        {"packed, short groups", storage, 21, 56, 8, {8, 32, 1.0f, ActCodes::kSymmetric}});
   }
   for (int bits : {3, 4, 8}) {
-    for (bool full_range : {false, true}) {
-      cases.push_back({"fragments", Storage::kQ4, 96, 576, 64, {bits, 64, 1.0f, full_range}});
-      cases.push_back({"clip", Storage::kQ4, 50, 300, 64, {bits, 64, 0.9f, full_range}});
+    for (ActCodes codes : {ActCodes::kSymmetric, ActCodes::kAll, ActCodes::kAsymmetric}) {
+      if (codes == ActCodes::kAsymmetric && bits == 8) continue;
+      cases.push_back({"fragments", Storage::kQ4, 96, 576, 64, {bits, 64, 1.0f, codes}});
+      cases.push_back({"clip", Storage::kQ4, 50, 300, 64, {bits, 64, 0.9f, codes}});
+      cases.push_back({"whole rows", Storage::kQ4, 96, 704, 128, {bits, 704, 1.0f, codes}});
     }
   }
   for (const auto& [w, x] : {std::pair<int64_t, int64_t>{32, 32},
@@ -157,24 +162,45 @@ std::vector<LinearCase> linear_cases() {
                              {1000, 64},
                              {64, 1000},
                              {1000, 1000}}) {
-    cases.push_back({"groups", Storage::kQ4, 272, 704, w, {4, x, 1.0f, true}});
+    cases.push_back({"groups", Storage::kQ4, 272, 704, w, {4, x, 1.0f, ActCodes::kAll}});
   }
-  cases.push_back({"one wide", Storage::kQ4, 1000, 2080, 128, {8, 128, 1.0f, false}});
+  cases.push_back(
+      {"one wide", Storage::kQ4, 1000, 2080, 128, {8, 128, 1.0f, ActCodes::kSymmetric}});
   for (int64_t rank : {8, 32, 128, 144}) {
-    cases.push_back({"branch", Storage::kQ4, 112, 320, 64, {4, 64, 1.0f, false}, rank, 32});
-    cases.push_back({"branch", Storage::kQ4, 112, 320, 64, {8, 64, 1.0f, true}, rank, 64});
+    cases.push_back(
+        {"branch", Storage::kQ4, 112, 320, 64, {4, 64, 1.0f, ActCodes::kSymmetric}, rank, 32});
+    cases.push_back(
+        {"branch", Storage::kQ4, 112, 320, 64, {8, 64, 1.0f, ActCodes::kAll}, rank, 64});
   }
+  cases.push_back({"16-bit branch",
+                   Storage::kQ4,
+                   80,
+                   256,
+                   64,
+                   {4, 64, 1.0f, ActCodes::kAll},
+                   32,
+                   0,
+                   Storage::kBF16});
+  cases.push_back({"8-bit branch",
+                   Storage::kQ4,
+                   80,
+                   256,
+                   64,
+                   {4, 64, 1.0f, ActCodes::kAll},
+                   32,
+                   32,
+                   Storage::kQ8});
   cases.push_back(
-      {"16-bit branch", Storage::kQ4, 80, 256, 64, {4, 64, 1.0f, true}, 32, 0, Storage::kBF16});
+      {"asymmetric branch", Storage::kQ4, 112, 320, 64, {4, 320, 1.0f, ActCodes::kAsymmetric}, 32});
   cases.push_back(
-      {"8-bit branch", Storage::kQ4, 80, 256, 64, {4, 64, 1.0f, true}, 32, 32, Storage::kQ8});
+      {"8-bit weight", Storage::kQ8, 80, 256, 64, {4, 64, 1.0f, ActCodes::kAsymmetric}});
   for (int64_t block : {256, 576, 384, 1536, 2304}) {  // 2^8, 36 2^4, 12 2^5, 12 2^7, 36 2^6
     cases.push_back({"Hadamard",
                      Storage::kQ4,
                      40,
                      block == 256 || block == 1536 ? 2 * block : block,
                      64,
-                     {4, 64, 1.0f, true},
+                     {4, 64, 1.0f, ActCodes::kAll},
                      0,
                      32,
                      Storage::kQ4,
@@ -185,7 +211,7 @@ std::vector<LinearCase> linear_cases() {
                    40,
                    172,
                    64,
-                   {16, 64, 1.0f, false},
+                   {16, 64, 1.0f, ActCodes::kSymmetric},
                    0,
                    32,
                    Storage::kQ4,
@@ -310,7 +336,7 @@ TEST_F(Cuda, LargestSumsOfCodesAreExact) {
       std::fill(w.data.begin(), w.data.end(), std::byte{0});  // codes -8
       Linear linear;
       linear.weight = w.view;
-      linear.act = {4, group, 1.0f, true};
+      linear.act = {4, group, 1.0f, ActCodes::kAll};
       std::vector<float> x(static_cast<size_t>(128 * 512));
       for (size_t i = 0; i < x.size(); ++i) x[i] = i % 512 % 2 ? -8.0f * sign : -7.0f * sign;
       std::vector<float> results[2];
@@ -328,7 +354,7 @@ TEST_F(Cuda, LargestSumsOfCodesAreExact) {
 }
 
 TEST_F(Cuda, LargeLinearsAgreeWithTheCpu) {
-  LinearCase c = {"large", Storage::kQ4, 520, 1536, 64, {4, 64, 1.0f, true}, 64, 64};
+  LinearCase c = {"large", Storage::kQ4, 520, 1536, 64, {4, 64, 1.0f, ActCodes::kAll}, 64, 64};
   for (int64_t rows : {1, 16, 257, 512}) compare_linears(cpu(), gpu(), c, rows, 77);
   c.weight_group = c.act.group = 128;
   c.branch_group = 128;

@@ -25,7 +25,7 @@ struct Shape {
   int64_t rank = 0;
   Storage branch = Storage::kQ4;
   int64_t branch_group = 32;
-  bool full_range = false;
+  ActCodes codes = ActCodes::kSymmetric;
 };
 
 std::string describe(const Shape& s) {
@@ -33,14 +33,15 @@ std::string describe(const Shape& s) {
          std::to_string(s.group) + "/" + std::to_string(s.act_group) + " storage " +
          std::to_string(static_cast<int>(s.storage)) + " A" + std::to_string(s.act_bits) +
          " rank " + std::to_string(s.rank) + " branch " +
-         std::to_string(static_cast<int>(s.branch)) + (s.full_range ? " full range" : "");
+         std::to_string(static_cast<int>(s.branch)) + " codes " +
+         std::to_string(static_cast<int>(s.codes));
 }
 
 std::unique_ptr<CaseLinear> make_linear(const Shape& s, uint32_t seed = 1) {
   auto linear = std::make_unique<CaseLinear>();
   linear->weight = CaseMatrix(s.storage, s.rows, s.cols, s.group, seed);
   linear->view.weight = linear->weight.view;
-  linear->view.act = {s.act_bits, s.act_group, 0.95f, s.full_range};
+  linear->view.act = {s.act_bits, s.act_group, 0.95f, s.codes};
   if (s.rank > 0) {
     linear->branch_a = CaseMatrix(s.branch, s.rank, s.cols, s.group, seed + 1);
     linear->branch_b = CaseMatrix(s.branch, s.rows, s.rank, s.branch_group, seed + 2);
@@ -62,12 +63,21 @@ Rounded round_reference(const float* x, int64_t cols, const ActQuant& act) {
     const int64_t end = std::min(cols, begin + act.group);
     const float* first = std::max_element(
         x + begin, x + end, [](float a, float b) { return std::fabs(a) < std::fabs(b); });
-    const float a = (act.full_range ? *first : std::fabs(*first)) * act.clip;
-    const float steps = act.full_range ? -half : qmax;
+    const bool all = act.codes == ActCodes::kAll;
+    float a = (all ? *first : std::fabs(*first)) * act.clip;
+    float steps = all ? -half : qmax, low = all ? -half : -qmax;
+    if (act.codes == ActCodes::kAsymmetric) {
+      const float most = std::max(0.0f, *std::max_element(x + begin, x + end)) * act.clip;
+      const float least = std::min(0.0f, *std::min_element(x + begin, x + end)) * act.clip;
+      a = most - least;
+      steps = 2 * half - 1;
+      low = a != 0 ? -std::nearbyint(-least * (steps / a)) : 0;
+    }
+    const float high = act.codes == ActCodes::kAsymmetric ? low + steps : qmax;
     const float inverse = a != 0 ? steps / a : 0;
     for (int64_t i = begin; i < end; ++i) {
       const float code = std::nearbyint(x[i] * inverse);
-      out.codes.push_back(static_cast<int>(std::clamp(code, act.full_range ? -half : -qmax, qmax)));
+      out.codes.push_back(static_cast<int>(std::clamp(code, low, high)));
     }
     out.scales.push_back(a / steps);
   }
@@ -100,7 +110,7 @@ std::vector<float> linear_reference(const Linear& linear, const std::vector<floa
       h.push_back(product_reference(rounded, linear.act, *linear.branch_a, r));
     }
     const ActQuant h_act = {linear.act.bits, linear.rank() ? linear.branch_b->group : 1, 1.0f,
-                            linear.act.full_range};
+                            linear.act.codes};
     const Rounded h_rounded = round_reference(h.data(), linear.rank(), h_act);
     for (int64_t row = 0; row < linear.out_dim(); ++row) {
       y.push_back(product_reference(rounded, linear.act, linear.weight, row));
@@ -134,7 +144,10 @@ std::vector<Shape> many_shapes() {
   }
   for (size_t i = 0, count = shapes.size(); i < count; ++i) {
     shapes.push_back(shapes[i]);
-    shapes.back().full_range = true;
+    shapes.back().codes = ActCodes::kAll;
+    if (shapes[i].act_bits == 8) continue;
+    shapes.push_back(shapes[i]);
+    shapes.back().codes = ActCodes::kAsymmetric;
   }
   return shapes;
 }
@@ -181,8 +194,10 @@ TEST(PackedMatmul, DoesNotDependOnThreads) {
   }
 }
 
+constexpr ActCodes kAllCodes[] = {ActCodes::kSymmetric, ActCodes::kAll, ActCodes::kAsymmetric};
+
 // One weight code in column 0, everything else zero: y = code * scale exactly.
-void check_every_code(Storage storage, int lowest, int highest, bool full_range) {
+void check_every_code(Storage storage, int lowest, int highest, ActCodes codes) {
   constexpr int64_t kCols = 32;
   const int64_t rows = highest - lowest + 1;
   CaseMatrix w(storage, rows, kCols, 32, 1);
@@ -200,18 +215,22 @@ void check_every_code(Storage storage, int lowest, int highest, bool full_range)
     }
   }
   for (int bits : {3, 4, 8}) {
-    const int qmax = (1 << (bits - 1)) - 1, qmin = full_range ? -qmax - 1 : -qmax;
+    if (codes == ActCodes::kAsymmetric && bits == 8) continue;
+    const int qmax = (1 << (bits - 1)) - 1, qmin = codes == ActCodes::kAll ? -qmax - 1 : -qmax;
     Linear linear;
     linear.weight = w.view;
-    linear.act = {bits, 32, 1.0f, full_range};
+    linear.act = {bits, 32, 1.0f, codes};
     for (CpuIsa isa : supported_isas()) {
       CpuBackend backend(1, isa);
-      // The token's largest magnitude is that of qmin, so its scale is exactly 1 and column 0 holds
-      // the code `a`.
-      for (int a = qmin; a <= qmax; ++a) {
+      // Asymmetric codes reach from -qmax' to qmax', as wide as the range beside them allows.
+      const int reach = 2 * qmax + 1;
+      const bool asymmetric = codes == ActCodes::kAsymmetric;
+      // The token's largest magnitude is that of qmin, or its range is `reach` steps, so its scale
+      // is exactly 1 and column 0 holds the code `a`.
+      for (int a = asymmetric ? -reach : qmin; a <= (asymmetric ? reach : qmax); ++a) {
         std::vector<float> x(kCols, 0.0f);
         x[0] = static_cast<float>(a);
-        x[1] = static_cast<float>(qmin);
+        x[1] = static_cast<float>(asymmetric ? (a < 0 ? a + reach : a - reach) : qmin);
         const std::vector<float> y = run_linear(backend, linear, x, 1);
         for (int64_t row = 0; row < rows; ++row) {
           ASSERT_EQ(y[static_cast<size_t>(row)], static_cast<float>(a * (lowest + row)))
@@ -222,15 +241,15 @@ void check_every_code(Storage storage, int lowest, int highest, bool full_range)
   }
 }
 TEST(PackedMatmul, EveryFourBitCodeTimesEveryActivationCodeIsExact) {
-  for (bool full_range : {false, true}) check_every_code(Storage::kQ4, -8, 7, full_range);
+  for (ActCodes codes : kAllCodes) check_every_code(Storage::kQ4, -8, 7, codes);
 }
 TEST(PackedMatmul, EveryEightBitCodeTimesEveryActivationCodeIsExact) {
-  for (bool full_range : {false, true}) check_every_code(Storage::kQ8, -127, 127, full_range);
+  for (ActCodes codes : kAllCodes) check_every_code(Storage::kQ8, -127, 127, codes);
 }
 
 TEST(PackedMatmul, ExtremeCodesDoNotOverflow) {
   // All weights at the lowest or highest code, all activations at +-127, or all of them -128 with a
-  // scale of either sign: the largest sums there are.
+  // scale of either sign: the largest sums there are. Asymmetric: all +-15.
   for (Storage storage : {Storage::kQ4, Storage::kQ8}) {
     for (bool low : {false, true}) {
       CaseMatrix w(storage, 16, 128, 128, 1);
@@ -241,8 +260,9 @@ TEST(PackedMatmul, ExtremeCodesDoNotOverflow) {
       Linear linear;
       linear.weight = w.view;
       linear.act = {8, 128, 1.0f};
-      for (float value : {-127.0f, 127.0f, -128.0f, 128.0f}) {
-        linear.act.full_range = std::fabs(value) == 128.0f;
+      for (float value : {-127.0f, 127.0f, -128.0f, 128.0f, -15.0f, 15.0f}) {
+        linear.act.codes = kAllCodes[std::fabs(value) == 15.0f ? 2 : std::fabs(value) == 128.0f];
+        linear.act.bits = std::fabs(value) == 15.0f ? 4 : 8;
         const std::vector<float> x(4 * 128, value);
         for (CpuIsa isa : supported_isas()) {
           CpuBackend backend(1, isa);
@@ -284,8 +304,9 @@ TEST(PackedMatmul, RoundsTiesToEvenAndClampsToTheClippedRange) {
 
 TEST(PackedMatmul, ZeroTokenGivesZeroAndNanReachesTheOutput) {
   const auto linear = make_linear({20, 64, 32, 32, Storage::kQ4, 8});
-  for (bool full_range : {false, true}) {
-    linear->view.act.full_range = full_range;
+  linear->view.act.bits = 4;
+  for (ActCodes codes : kAllCodes) {
+    linear->view.act.codes = codes;
     for (CpuIsa isa : supported_isas()) {
       CpuBackend backend(1, isa);
       std::vector<float> x(64, 0.0f);
@@ -305,7 +326,7 @@ TEST(PackedMatmul, FullRangeUsesEveryCodeAndTakesTheFirstOfEqualMagnitudes) {
   for (size_t i = 0; i < 6; ++i) w.data[i * 32 + i] = std::byte{1};  // y = x
   Linear linear;
   linear.weight = w.view;
-  linear.act = {4, 32, 1.0f, true};
+  linear.act = {4, 32, 1.0f, ActCodes::kAll};
   for (float sign : {1.0f, -1.0f}) {
     std::vector<float> x(32, 0.0f), expected(6);
     const float values[] = {-8.0f, 0.5f, 1.5f, -2.5f, 7.4f, 8.0f}, read[] = {-8, 0, 2, -2, 7, 7};
@@ -322,6 +343,41 @@ TEST(PackedMatmul, FullRangeUsesEveryCodeAndTakesTheFirstOfEqualMagnitudes) {
   for (CpuIsa isa : supported_isas()) {
     CpuBackend backend(1, isa);
     ASSERT_TRUE(same_numbers(run_linear(backend, linear, x, 1), {-4.0f, 3.5f, 1.0f, 0, 0, 0}));
+  }
+}
+
+TEST(PackedMatmul, AsymmetricCodesReachFromTheLeastToTheGreatestValue) {
+  CaseMatrix w(Storage::kQ8, 6, 32, 32, 1);
+  std::fill(w.data.begin(), w.data.end(), std::byte{0});
+  std::fill(w.scales.begin(), w.scales.end(), f32_to_f16(1.0f));
+  for (size_t i = 0; i < 6; ++i) w.data[i * 32 + i] = std::byte{1};  // y = x
+  struct {
+    float clip;
+    std::vector<float> values, read;
+  } const cases[] = {
+      // 15 steps of 1 from -4 to 11; ties to even.
+      {1.0f, {-4, 11, 0.5f, 1.5f, -2.5f, 10.4f}, {-4, 11, 0, 2, -2, 10}},
+      // 0 is always in the range: from 0 to 15, and from -15 to 0.
+      {1.0f, {15, 3, 2.6f, 7, 8, 9}, {15, 3, 3, 7, 8, 9}},
+      {1.0f, {-15, -3, -2.6f, -7, -8, -9}, {-15, -3, -3, -7, -8, -9}},
+      // From -3.4 to 11.6: z = round(3.4) = 3, so the codes are -3..12 and -3.4 loses a little.
+      {1.0f, {-3.4f, 11.6f, 1, 0, 0, 0}, {-3, 12, 1, 0, 0, 0}},
+      // Clip 0.5 halves both ends: 15 steps of 0.5 from -2 to 5.5.
+      {0.5f, {-4, 11, 1, 5.2f, -2.2f, 0}, {-2, 5.5f, 1, 5, -2, 0}}};
+  for (const auto& c : cases) {
+    Linear linear;
+    linear.weight = w.view;
+    linear.act = {4, 32, c.clip, ActCodes::kAsymmetric};
+    std::vector<float> x(32, 0.0f);
+    std::copy(c.values.begin(), c.values.end(), x.begin());
+    for (CpuIsa isa : supported_isas()) {
+      CpuBackend backend(1, isa);
+      const std::vector<float> y = run_linear(backend, linear, x, 1);
+      // The range is a sum and a quotient of floats: a scale of 1 within 3 roundings.
+      for (size_t i = 0; i < 6; ++i) {
+        EXPECT_NEAR(y[i], c.read[i], 3 * kEps * std::fabs(c.read[i])) << isa_name(isa) << " " << i;
+      }
+    }
   }
 }
 

@@ -77,7 +77,7 @@ struct TestModel {
     layer.wo.branch_a = bytes.matrix(Storage::kF16, 4, 64, 0);
     layer.wo.branch_b = bytes.matrix(Storage::kF16, 64, 4, 0);
     layer.w_gate = linear(96, 64);
-    layer.w_gate.act = {3, 32, 1.0f, true};
+    layer.w_gate.act = {3, 32, 1.0f, ActCodes::kAll};
     layer.w_up = linear(96, 64);
     layer.w_down = linear(64, 96);
     layer.w_down.input = {Transform::Kind::kHadamard, 96, 96, nullptr};
@@ -341,9 +341,20 @@ TEST_F(TqFile, VersionOneIsStillRead) {
   edit_header(path, R"("tq_format":2)", R"("tq_format":1)");
   set_version(path, 1);
   EXPECT_EQ(failure(path, true), "");
-  EXPECT_TRUE(load_tq_file(path).layers[0].w_gate.act == (ActQuant{4, 32, 1.0f, false}));
+  EXPECT_TRUE(load_tq_file(path).layers[0].w_gate.act ==
+              (ActQuant{4, 32, 1.0f, ActCodes::kSymmetric}));
   set_version(path, 0);
   EXPECT_NE(failure(path).find("format version 0"), std::string::npos);
+}
+
+TEST_F(TqFile, AsymmetricCodesMakeAVersionThreeFileAndNothingElseDoes) {
+  EXPECT_EQ(read_bytes(path)[8], 2);
+  test_model.model.layers[0].w_gate.act.codes = ActCodes::kAsymmetric;
+  test_model.write(path);
+  EXPECT_EQ(read_bytes(path)[8], 3);
+  EXPECT_EQ(failure(path, true), "");
+  EXPECT_TRUE(load_tq_file(path).layers[0].w_gate.act ==
+              (ActQuant{3, 32, 1.0f, ActCodes::kAsymmetric}));
 }
 
 TEST_F(TqFile, DamagedTensorIsNamed) {
@@ -383,6 +394,8 @@ INSTANTIATE_TEST_SUITE_P(
         Lie{R"("bits":4)", R"("bits":5)", "activations of 5 bits"},
         Lie{R"("bits":3)", R"("bits":2)", "bits"},
         Lie{R"("full_range":true)", R"("full_range":1)", "full_range"},
+        Lie{R"("full_range":true)", R"("full_range":true,"asymmetric":true)", "contradict"},
+        Lie{R"("bits":4,"clip":0.94)", R"("asymmetric":true,"bits":8,"clip":0.94)", "8 bits"},
         Lie{R"("clip":)", R"("clap":)", "unknown field"},
         Lie{R"("block":96)", R"("block":7)", "Hadamard block 7"},
         Lie{R"("kind":"hadamard")", R"("kind":"magic")", "unknown transform magic"},

@@ -47,7 +47,8 @@ Json linear_json(const std::string& name, const Linear& linear, const Json& meas
   if (linear.act.bits < 16) {
     json["act_group"] = linear.act.group;
     json["act_clip"] = linear.act.clip;
-    json["act_full_range"] = linear.act.full_range;
+    json["act_full_range"] = linear.act.codes == ActCodes::kAll;
+    if (linear.act.codes == ActCodes::kAsymmetric) json["act_asymmetric"] = true;
   }
   if (linear.input.active()) json["input_transform_block"] = linear.input.block;
   if (measured.contains(name) && measured[name].is_object()) json["distortion"] = measured[name];

@@ -59,6 +59,9 @@ constexpr Named<RoundingKind> kRoundings[] = {{"rtn", RoundingKind::kNearest},
 constexpr Named<LearningLoss> kLosses[] = {{"layer", LearningLoss::kLayer},
                                            {"block", LearningLoss::kBlock},
                                            {"kl", LearningLoss::kPredictions}};
+constexpr Named<ActCodes> kActCodes[] = {{"symmetric", ActCodes::kSymmetric},
+                                         {"all", ActCodes::kAll},
+                                         {"asymmetric", ActCodes::kAsymmetric}};
 constexpr Named<Basis> kBases[] = {{"none", Basis::kNone},
                                    {"hadamard", Basis::kHadamard},
                                    {"learned", Basis::kLearned},
@@ -150,7 +153,7 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   override_learning(options, args, config);
   override_with(options.group, args.group);
   options.group_a = args.group_a.value_or(options.group);
-  if (args.act_codes) options.full_range = *args.act_codes == "all";
+  if (args.act_codes) options.act_codes = find_name(kActCodes, *args.act_codes);
   // The basis alone is to be tested then, so nothing else may be rounded.
   if (options.bits_w == 32) options.embed_bits = options.head_bits = 32;
   // A tied model stores one table: naming one of the two options decides both.
@@ -466,9 +469,11 @@ void add_method_options(CLI::App& command, QuantizeArguments& args) {
       ->check(CLI::IsMember({128, 64, 32}))
       ->default_str("that of --group");
   command
-      .add_option("--act-codes", args.act_codes,
-                  "codes of rounded inputs: symmetric (-7..7 at 4 bits), or all (-8..7)")
-      ->check(CLI::IsMember({"symmetric", "all"}))
+      .add_option(
+          "--act-codes", args.act_codes,
+          "codes of rounded inputs: symmetric (-7..7 at 4 bits), all (-8..7), or asymmetric "
+          "(16 from the least to the greatest value, for --bits-a 4 and 3)")
+      ->check(CLI::IsMember(names_of(kActCodes)))
       ->default_str("learned methods: all, else symmetric");
   command.add_option("--embed-bits", args.embed_bits, "bits of the embedding")
       ->check(CLI::IsMember({16, 8, 4}))

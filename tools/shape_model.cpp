@@ -89,7 +89,7 @@ class Builder {
     linear.weight = matrix(options_.bits_w, out, in, options_.group);
     linear.act.bits = options_.bits_a;
     linear.act.group = options_.group;
-    linear.act.full_range = true;
+    linear.act.codes = ActCodes::kAll;
     if (options_.rank > 0) {
       linear.branch_a = matrix(options_.bits_w, options_.rank, in, options_.group);
       linear.branch_b = matrix(options_.bits_w, out, options_.rank, options_.group);
