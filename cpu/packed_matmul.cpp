@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "cpu/ops.h"
 #include "model/error.h"
@@ -101,15 +102,15 @@ PackedPanels pack_panels(const Matrix& w, int64_t x_group, int n_threads) {
   out.cols = w.cols;
   out.padded_cols = round_up(w.cols, 8);
   out.bits = w.storage == Storage::kQ4 ? 4 : 8;
-  // A group that ends where the row ends needs no common divisor with the other.
   const int64_t w_group = w.group >= w.cols ? out.padded_cols : w.group;
   x_group = x_group >= w.cols ? out.padded_cols : x_group;
-  out.inner = std::min(w_group, x_group);
-  const int64_t outer = std::max(w_group, x_group);
-  if (out.inner % 8 != 0 || (outer % out.inner != 0 && outer != out.padded_cols)) {
+  // A group that ends where the row ends needs no common divisor with the other.
+  out.inner = std::max(w_group, x_group) == out.padded_cols ? std::min(w_group, x_group)
+                                                            : std::gcd(w_group, x_group);
+  if (out.inner % 8 != 0) {
     throw Error(ErrorKind::kBadData, "group sizes do not fit each other", "quantized linear",
                 "weight group " + std::to_string(w_group) + ", activation group " +
-                    std::to_string(x_group) + ": one must divide the other, in multiples of 8");
+                    std::to_string(x_group) + ": neither multiples of 8 nor whole rows");
   }
   out.n_inner = (out.padded_cols + out.inner - 1) / out.inner;
   out.n_w_groups = w.n_groups();

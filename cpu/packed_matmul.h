@@ -1,8 +1,9 @@
 // packed_matmul - 4- and 8-bit weights times rounded tokens: exact integers inside a group, one f32
 // fma per group.
 //
-// The definition of a quantized linear's result (docs/method.md): the inner group is the smaller of
-// the weight's and the token's group; dot is the exact integer sum over an inner group;
+// The definition of a quantized linear's result (docs/method.md): the inner group is the greatest
+// common divisor of the weight's and the token's group, or the smaller one where the other is the
+// whole row; dot is the exact integer sum over an inner group;
 //   y = fma(float(dot), s_token * s_weight, y)   over inner groups in ascending order,
 // the product of scales rounded to f32. Nothing depends on the number of tokens, the threads or the
 // instruction set. Not here: how tokens are rounded (ops.h, plain_round), dense weights (matmul.h).
@@ -38,8 +39,8 @@ struct PackedPanels {
   size_t n_bytes() const { return codes.size() + scales.size(); }
 };
 
-/// Repacks w for tokens rounded in groups of x_group columns. Groups must be multiples of 8 (or
-/// span all columns), and one of the two must divide the other. Throws kBadData otherwise.
+/// Repacks w for tokens rounded in groups of x_group columns. Groups must be multiples of 8, or
+/// span all columns. Throws kBadData otherwise.
 PackedPanels pack_panels(const Matrix& w, int64_t x_group, int n_threads);
 
 /// A job over all of a matrix. offsets[t, i] = -8 * (sum of the codes of token t in inner group i).

@@ -100,6 +100,8 @@ void TqWriter::add_linear(const std::string& name, const Linear& linear, bool ti
       json["act"]["asymmetric"] = true;
       version_ = 3;
     }
+    const int64_t group = linear.act.group;
+    if (group != 32 && group != 64 && group != 128) version_ = 3;
   }
   linears_[name] = std::move(json);
 }

@@ -367,11 +367,11 @@ class Reader {
       }
     }
     if (json.contains("input")) linear.input = transform(json["input"], name + ".input", in);
-    linear.act = act(require(json, "act", path_), name);
+    linear.act = act(require(json, "act", path_), name, in);
     return linear;
   }
 
-  ActQuant act(const Json& json, const std::string& name) {
+  ActQuant act(const Json& json, const std::string& name, int64_t cols) {
     only_keys(json, name + ".act", {"bits", "group", "clip", "full_range", "asymmetric"});
     ActQuant act;
     act.bits = static_cast<int>(require_int(json, "bits", 3, 16, path_));
@@ -386,8 +386,10 @@ class Reader {
     }
     if (full_range) act.codes = ActCodes::kAll;
     if (asymmetric) act.codes = ActCodes::kAsymmetric;
-    if ((act.bits != 3 && act.bits != 4 && act.bits != 8) ||
-        (act.group != 32 && act.group != 64 && act.group != 128) ||
+    const bool groups = act.group == 32 || act.group == 64 || act.group == 128 ||
+                        (act.group > 0 && act.group < cols && act.group % 32 == 0) ||
+                        act.group == cols;
+    if ((act.bits != 3 && act.bits != 4 && act.bits != 8) || !groups ||
         !(act.clip > 0.0f && act.clip <= 1.0f)) {
       throw bad(path_, name + ": activations of " + std::to_string(act.bits) + " bits, group " +
                            std::to_string(act.group) + ", clip " + std::to_string(act.clip) +

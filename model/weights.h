@@ -73,8 +73,9 @@ struct Transform {
 /// How the input of a linear is rounded at run time, per token and group of columns: to scale *
 /// code. bits = 16 means not rounded (f32 is used).
 struct ActQuant {
-  int bits = 16;       // 3, 4, 8 or 16
-  int64_t group = 64;  // columns per scale; 32, 64 or 128; need not be the weight's
+  int bits = 16;  // 3, 4, 8 or 16
+  int64_t group =
+      64;  // columns per scale, a multiple of 32 or whole rows; need not be the weight's
   float clip = 1.0f;
   ActCodes codes = ActCodes::kSymmetric;
   bool operator==(const ActQuant&) const = default;

@@ -142,6 +142,10 @@ void check_options(const QuantizeOptions& options, const Config& config) {
     usage("--act-codes asymmetric contradicts --bits-a " + std::to_string(options.bits_a),
           "give --bits-a 4 or 3; wider codes, shifted by their zero point, do not fit a byte");
   }
+  if (options.group_a == kTokenGroups && config.head_dim % 32 != 0) {
+    usage("--group-a token needs heads whose size is a multiple of 32",
+          "this model's have " + std::to_string(config.head_dim) + " columns");
+  }
   if (options.act_order && !options.uses_gptq()) {
     usage("--act-order has no effect without GPTQ", "give --rounding gptq or gptq-ls");
   }
@@ -190,7 +194,7 @@ Json describe_options(const QuantizeOptions& options) {
   json["bits_w"] = options.bits_w;
   json["bits_a"] = options.bits_a;
   json["group"] = options.group;
-  json["group_a"] = options.group_a;
+  json["group_a"] = options.group_a == kTokenGroups ? Json("token") : Json(options.group_a);
   json["full_range"] = options.act_codes == ActCodes::kAll;
   if (options.act_codes == ActCodes::kAsymmetric) json["asymmetric"] = true;
   json["rank"] = options.rank;
@@ -213,6 +217,18 @@ Json describe_options(const QuantizeOptions& options) {
     json["calib_length"] = options.calib_length;
   }
   return json;
+}
+
+int64_t input_group(const QuantizeOptions& options, const Config& config, Site site) {
+  if (options.group_a != kTokenGroups) return options.group_a;
+  switch (site) {
+    case Site::kAttnOut:
+      return config.head_dim;
+    case Site::kFfnMid:
+      return config.hidden_dim;
+    default:
+      return config.dim;
+  }
 }
 
 std::vector<LinearPlan> plan_layer(const QuantizeOptions& options, const Config& config,

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "model/config.h"
+#include "model/forward.h"
 #include "model/json.h"
 #include "quant/owned.h"
 
@@ -35,6 +36,9 @@ enum class LearningLoss { kLayer, kBlock, kPredictions };
 /// Steps of learning a basis, unless told otherwise.
 constexpr int64_t kLearningSteps = 200;
 
+/// In place of columns: one scale a token, and at the input of wo one a head.
+constexpr int64_t kTokenGroups = 0;
+
 struct QuantizeOptions {
   std::string method;  // preset that the parts below started from
   Basis basis = Basis::kNone;
@@ -48,7 +52,7 @@ struct QuantizeOptions {
       4;  // 3 (stored as 4), 4 or 8; 16 and 32 store the weights of the chosen basis unrounded
   int bits_a = 8;        // inputs of the linears at run time: 3, 4, 8, or 16 (not rounded)
   int64_t group = 64;    // columns per scale of the weights: 32, 64 or 128
-  int64_t group_a = 64;  // columns per scale of the inputs
+  int64_t group_a = 64;  // columns per scale of the inputs, or kTokenGroups
   ActCodes act_codes = ActCodes::kSymmetric;  // of the inputs; for all codes clips are searched
   // 4, 8, 16, or 32 (an f32 source stays f32). Equal for tied embeddings: the file holds one table.
   int embed_bits = 16, head_bits = 16;
@@ -82,6 +86,9 @@ QuantizeOptions method_preset(const std::string& method);
 void check_options(const QuantizeOptions& options, const Config& config);
 /// The options that decide the bytes of the file, for its header and for resuming. No paths.
 Json describe_options(const QuantizeOptions& options);
+
+/// Columns per scale of the inputs at a site.
+int64_t input_group(const QuantizeOptions& options, const Config& config, Site site);
 
 /// How one linear is stored.
 struct LinearPlan {

@@ -78,7 +78,6 @@ int64_t store_linear(const FloatMatrix& target, const LinearPlan& plan,
                      const QuantizeOptions& options, const LowRank* given, const Inputs& inputs,
                      OwnedLinear& out) {
   out.act.bits = plan.keep ? 16 : options.bits_a;
-  out.act.group = options.group_a;
   if (plan.keep || options.rounding == RoundingKind::kStore) {
     out.weight = store_dense(target.data, target.rows, target.cols,
                              unrounded_storage(options, plan.keep, target));
@@ -219,6 +218,7 @@ QuantizedLayer quantize_layer(const FloatLayer& folded, int64_t index,
           options.act_order ? activation_order(site->gram(), options.group) : ColumnOrder{});
     }
     OwnedLinear& out = result.layer.linears[static_cast<size_t>(i)];
+    out.act.group = input_group(options, config, kSiteOf[i]);
     const std::optional<LowRank> given =
         linear.keep ? std::nullopt : given_branch(w, index, i, options, basis, site);
     FloatMatrix corrected;

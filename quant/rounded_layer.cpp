@@ -39,7 +39,11 @@ RoundedLayer::RoundedLayer(Tape& tape, const FloatLayer& layer, const LayerBases
                        kWeightClip},
       branch_rounding_{std::min(options.branch_bits, 8), options.group, ActCodes::kSymmetric,
                        kWeightClip},
-      input_rounding_{options.bits_a, options.group_a, options.act_codes, 1.0f} {
+      narrow_rounding_{options.bits_a, options.group, options.act_codes, 1.0f} {
+  for (int i = 0; i < 4; ++i) {
+    input_rounding_[i] = narrow_rounding_;
+    input_rounding_[i].group = input_group(options, context.config, static_cast<Site>(i));
+  }
   if (!bases) return;
   in_ = leaf(bases->in);
   mid_ = leaf(bases->mid);
@@ -62,7 +66,7 @@ Var RoundedLayer::input(Site site, const Var& x) const {
                      : site == Site::kAttnOut ? fold_right(x, heads_)
                      : site == Site::kFfnIn   ? matmul_nn(x, mid_)
                                               : x;
-  return rounds_input_ ? round_groups(turned, input_rounding_) : turned;
+  return rounds_input_ ? round_groups(turned, input_rounding_[static_cast<size_t>(site)]) : turned;
 }
 
 Var RoundedLayer::output(LinearIndex index, const Var& rounded, const BranchLeaf& branch) const {
@@ -94,7 +98,7 @@ Var RoundedLayer::output(LinearIndex index, const Var& rounded, const BranchLeaf
     const Var down = tape_.parameter({1, a.rows, a.cols}, a.data.data(), branch.gradient_a);
     const Var up = tape_.parameter({1, b.rows, b.cols}, b.data.data(), branch.gradient_b);
     Var h = matmul_nt(rounded, round_groups(read(down), branch_rounding_));
-    if (rounds_input_) h = round_groups(h, input_rounding_);
+    if (rounds_input_) h = round_groups(h, narrow_rounding_);
     y = add(y, matmul_nt(h, round_groups(write(up), branch_rounding_)));
   }
   return writes ? unfold_right(y, *writes) : y;

@@ -69,7 +69,7 @@ class RoundedLayer {
   const LayerContext& context_;
   bool rounds_;  // false: the original layer
   bool rounds_input_;
-  GroupRounding weight_rounding_, branch_rounding_, input_rounding_;
+  GroupRounding weight_rounding_, branch_rounding_, input_rounding_[4], narrow_rounding_;
   Var in_, mid_, out_, heads_;  // of an original layer: empty
 };
 

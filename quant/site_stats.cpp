@@ -60,13 +60,13 @@ float search_clip(const float* x, int64_t rows, int64_t cols, const ActQuant& ac
   return best;
 }
 
-SiteStats::SiteStats(int64_t n, const QuantizeOptions& options)
+SiteStats::SiteStats(int64_t n, int64_t group, const QuantizeOptions& options)
     : corrects_(options.rounding == RoundingKind::kGptqCorrected && options.bits_a < 16),
       fits_(options.rounds_branch()),
       searches_clip_(options.act_codes == ActCodes::kAll && options.bits_a < 8),
       gram_(n) {
   act_.bits = options.bits_a;
-  act_.group = options.group_a;
+  act_.group = group;
   act_.codes = options.act_codes;
   if (corrects_) drift_ = {n, n, std::vector<float>(static_cast<size_t>(n * n))};
   if (fits_) rounded_ = {0, n, {}};
@@ -95,7 +95,10 @@ void SiteStats::add(const float* x, int64_t rows, int threads) {
 
 LayerStats::LayerStats(const Config& config, const QuantizeOptions& options) {
   const int64_t sizes[4] = {config.dim, config.q_dim(), config.dim, config.hidden_dim};
-  for (int i = 0; i < 4; ++i) sites[i] = std::make_unique<SiteStats>(sizes[i], options);
+  for (int i = 0; i < 4; ++i) {
+    const int64_t group = input_group(options, config, static_cast<Site>(i));
+    sites[i] = std::make_unique<SiteStats>(sizes[i], group, options);
+  }
 }
 
 FloatMatrix solve_right(const FloatMatrix& m, const GptqFactor& factor, int threads) {

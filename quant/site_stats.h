@@ -32,8 +32,8 @@ float search_clip(const float* x, int64_t rows, int64_t cols, const ActQuant& ac
 
 class SiteStats {
  public:
-  /// n: width of the site.
-  SiteStats(int64_t n, const QuantizeOptions& options);
+  /// n: width of the site; group: of the inputs there (input_group).
+  SiteStats(int64_t n, int64_t group, const QuantizeOptions& options);
   /// Adds inputs x [rows, n]. The first call decides the clip factor.
   void add(const float* x, int64_t rows, int threads);
 

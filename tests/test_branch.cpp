@@ -49,7 +49,7 @@ FloatMatrix correlated_inputs(int64_t rows, uint64_t seed) {
 // A site that saw `x`, under the options of twinquant.
 struct SeenSite {
   explicit SeenSite(FloatMatrix inputs, int bits_a = 4)
-      : x(std::move(inputs)), stats(x.cols, options_for(bits_a)) {
+      : x(std::move(inputs)), stats(x.cols, 64, options_for(bits_a)) {
     // In two calls, as the samples of a text come.
     const int64_t half = x.rows / 2;
     stats.add(x.data.data(), half, 2);

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "cpu/packed_matmul.h"
 #include "tests/cpu_cases.h"
@@ -86,7 +87,9 @@ Rounded round_reference(const float* x, int64_t cols, const ActQuant& act) {
 
 // The definition in packed_matmul.h, written from scratch: integers per inner group, one fma each.
 float product_reference(const Rounded& x, const ActQuant& act, const Matrix& w, int64_t row) {
-  const int64_t inner = std::min({act.group, w.group, w.cols});
+  // Parts of the greatest common divisor, where neither group is the whole row.
+  const int64_t larger = std::max(act.group, w.group), smaller = std::min(act.group, w.group);
+  const int64_t inner = larger >= w.cols ? std::min(smaller, w.cols) : std::gcd(larger, smaller);
   float sum = 0;
   for (int64_t begin = 0; begin < w.cols; begin += inner) {
     int dot = 0;
@@ -131,6 +134,9 @@ std::vector<Shape> many_shapes() {
       shapes.push_back({17, 172, 64, 64, storage, bits});   // 172 = 2 * 64 + 44
       shapes.push_back({17, 172, 32, 128, storage, bits});  // different groups
       shapes.push_back({31, 172, 128, 32, storage, bits});
+      shapes.push_back({31, 576, 64, 96, storage, bits});   // parts of 32
+      shapes.push_back({31, 172, 64, 172, storage, bits});  // one scale a token
+      shapes.push_back({20, 192, 64, 192, storage, bits, 40, storage, 32});
       shapes.push_back({5, 640, 64, 32, storage, bits});
       shapes.push_back({1, 20, 64, 32, storage, bits});
       shapes.push_back({3, 13, 32, 32, storage, bits});  // odd number of columns

@@ -166,6 +166,28 @@ TEST(Pipeline, GptqLowersTheOutputError) {
   }
 }
 
+TEST(Pipeline, ScalesOfATokenAreOnesOfAHeadBeforeWo) {
+  const TinyModel tiny(true, 1, Storage::kF32, TinyFamily::kLlama, 96);  // weights: groups of 64
+  for (QuantizeOptions options : learned_methods()) {
+    options.group_a = kTokenGroups;
+    options.act_codes = ActCodes::kAsymmetric;
+    check_options(options, tiny.model().config);
+    TempDir folder;
+    write_bytes(folder / "m.tq", run(tiny.model(), options).bytes);
+    const Model stored = load_tq_file(folder / "m.tq");
+    const Layer& layer = stored.layers[1];
+    EXPECT_TRUE(layer.wq.act == (ActQuant{4, 128, 1.0f, ActCodes::kAsymmetric}));
+    EXPECT_TRUE(layer.wo.act == (ActQuant{4, 96, 1.0f, ActCodes::kAsymmetric}));
+    EXPECT_TRUE(layer.w_up.act == (ActQuant{4, 128, 1.0f, ActCodes::kAsymmetric}));
+    EXPECT_TRUE(layer.w_down.act == (ActQuant{4, 256, 1.0f, ActCodes::kAsymmetric}));
+    // It runs.
+    CpuBackend backend(2);
+    for (const NamedLinear& linear : kLayerLinears) {
+      EXPECT_NO_THROW(backend.prepare(layer.*linear.member)) << linear.name;
+    }
+  }
+}
+
 TEST(Pipeline, NoneKeepsSixteenBitSourcesByteForByte) {
   for (Storage storage : {Storage::kBF16, Storage::kF16}) {
     const TinyModel tiny(true, 1, storage);
@@ -364,7 +386,7 @@ TEST(Resume, SkipsAndRoundingOfInputsSurvive) {
   QuantizedLayer layer;
   layer.reports.resize(kNLinears);
   const std::vector<float> values = {1, -2, 3, 4, 5, 6};
-  layer.layer.linears[kWo].act = {3, 32, 0.5f, true};
+  layer.layer.linears[kWo].act = {3, 32, 0.5f, ActCodes::kAsymmetric};
   layer.layer.ffn_skip = {store_dense(values, 2, 3, Storage::kF32),
                           store_dense(values, 3, 2, Storage::kF16)};
   store.save(0, layer);
@@ -457,6 +479,8 @@ TEST(Options, ContradictionsAreUsageErrors) {
   refused([](QuantizeOptions& o) { o.embed_bits = 8; });
   refused([](QuantizeOptions& o) { o.bits_w = 16; });
   refused([](QuantizeOptions& o) { o.calib_length = 513; });
+  refused([](QuantizeOptions& o) { o.act_codes = ActCodes::kAsymmetric; });  // inputs of 8 bits
+  refused([](QuantizeOptions& o) { o.group_a = kTokenGroups; });             // heads of 48
   refused([](QuantizeOptions& o) { o.bits_a = 8; }, "none");
   EXPECT_NO_THROW(check_options(method_preset("twinquant"), config));
   EXPECT_NO_THROW(check_options(method_preset("respinquant"), config));

@@ -357,6 +357,22 @@ TEST_F(TqFile, AsymmetricCodesMakeAVersionThreeFileAndNothingElseDoes) {
               (ActQuant{3, 32, 1.0f, ActCodes::kAsymmetric}));
 }
 
+TEST_F(TqFile, GroupsOfInputsAreMultiplesOf32OrWholeRows) {
+  Layer& layer = test_model.model.layers[0];
+  for (int64_t group : {96, 64}) {  // w_down reads 96 columns
+    layer.w_down.act.group = group;
+    test_model.write(path);
+    EXPECT_EQ(read_bytes(path)[8], group == 64 ? 2 : 3);
+    EXPECT_EQ(failure(path, true), "");
+    EXPECT_EQ(load_tq_file(path).layers[0].w_down.act.group, group);
+  }
+  for (int64_t group : {48, 100, 160, 192}) {
+    layer.w_down.act.group = group;
+    test_model.write(path);
+    EXPECT_NE(failure(path).find("group " + std::to_string(group)), std::string::npos);
+  }
+}
+
 TEST_F(TqFile, DamagedTensorIsNamed) {
   std::string bytes = read_bytes(path);
   const Model model = load_tq_file(path);

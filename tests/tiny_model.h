@@ -14,20 +14,21 @@ namespace tq {
 /// Qwen3 has a norm of every head of q and k beside what Llama has.
 enum class TinyFamily { kLlama, kQwen3 };
 
-/// Three layers, dim 128, head_dim 48 (not dim / heads), hidden_dim 256, vocabulary of 96. Weights
-/// have heavy-tailed columns, as trained models do, so that methods differ.
+/// Three layers, dim 128, heads of 48 unless told (not dim / heads), hidden_dim 256, vocabulary
+/// of 96. Weights have heavy-tailed columns, as trained models do, so that methods differ.
 class TinyModel {
  public:
   explicit TinyModel(bool tied, uint64_t seed = 1, Storage storage = Storage::kF32,
-                     TinyFamily family = TinyFamily::kLlama)
+                     TinyFamily family = TinyFamily::kLlama, int64_t head_dim = 48)
       : rng_(seed), storage_(storage) {
     const bool qwen3 = family == TinyFamily::kQwen3;
     model_.texts.config =
         std::string(qwen3 ? R"({"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3",)"
                           : R"({"architectures":["LlamaForCausalLM"],"model_type":"llama",)") +
         R"("hidden_size":128,"intermediate_size":256,"num_hidden_layers":3,)" +
-        R"("num_attention_heads":4,"num_key_value_heads":2,"head_dim":48,"vocab_size":96,)" +
-        R"("max_position_embeddings":512,"rms_norm_eps":1e-5,"rope_theta":10000.0,)" +
+        R"("num_attention_heads":4,"num_key_value_heads":2,"vocab_size":96,"head_dim":)" +
+        std::to_string(head_dim) +
+        R"(,"max_position_embeddings":512,"rms_norm_eps":1e-5,"rope_theta":10000.0,)" +
         R"("hidden_act":"silu","tie_word_embeddings":)" + (tied ? "true}" : "false}");
     model_.texts.tokenizer = "{}";  // never parsed in these tests
     model_.config = parse_config(model_.texts.config, "tiny");

@@ -33,10 +33,10 @@ using Clock = std::chrono::steady_clock;
 // Options as typed; absent ones keep the method's default.
 struct QuantizeArguments {
   std::string folder, output, method = "twinquant", report, calib;
-  std::optional<std::string> rounding, basis, split, basis_rank, loss, act_codes;
+  std::optional<std::string> rounding, basis, split, basis_rank, loss, act_codes, group_a;
   std::optional<int64_t> rank, steps, refine_steps;
   std::optional<int> branch_bits, bits_w, bits_a, embed_bits, head_bits, kv_bits;
-  std::optional<int64_t> group, group_a, calib_samples, calib_length;
+  std::optional<int64_t> group, calib_samples, calib_length;
   std::vector<std::string> keep;
   uint64_t seed = 0;
   int threads = 0;
@@ -152,7 +152,9 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
     contradiction("--basis");
   override_learning(options, args, config);
   override_with(options.group, args.group);
-  options.group_a = args.group_a.value_or(options.group);
+  options.group_a = !args.group_a              ? options.group
+                    : *args.group_a == "token" ? kTokenGroups
+                                               : std::stoll(*args.group_a);
   if (args.act_codes) options.act_codes = find_name(kActCodes, *args.act_codes);
   // The basis alone is to be tested then, so nothing else may be rounded.
   if (options.bits_w == 32) options.embed_bits = options.head_bits = 32;
@@ -465,8 +467,11 @@ void add_method_options(CLI::App& command, QuantizeArguments& args) {
   command.add_option("--group", args.group, "columns that share a scale")
       ->check(CLI::IsMember({128, 64, 32}))
       ->default_str("64");
-  command.add_option("--group-a", args.group_a, "columns of a linear's input that share a scale")
-      ->check(CLI::IsMember({128, 64, 32}))
+  command
+      .add_option("--group-a", args.group_a,
+                  "columns of a linear's input that share a scale; token: all of them, of the "
+                  "input of wo a head")
+      ->check(CLI::IsMember({"128", "64", "32", "token"}))
       ->default_str("that of --group");
   command
       .add_option(
