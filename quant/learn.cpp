@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kLayersPerStep = 6, kTokensPerStep = 256;
 // Step lengths at the start of the cosine schedule, of Adam per entry of the generator (radians).
 constexpr double kResidualRate = 0.004, kHeadRate = 0.01, kLayerwiseRate = 0.002, kGaugeRate = 0.01;
-// Of these rates where the loss is that of predictions: the gradient of one sequence is noisy.
+// Of these rates where a loss is that of predictions: the gradient of one sequence is noisy.
 constexpr double kPredictionShare = 0.3;
 // Streams of random numbers, apart from those of quantize_layer.cpp (0 .. n_layers).
 constexpr uint64_t kResidualSigns = 1u << 20, kHeadSigns = 2u << 20, kSchedule = 3u << 20;
@@ -106,7 +106,7 @@ class Learner {
         n_layers_(inputs.model.config.n_layers),
         rng_(options.seed, kSchedule) {
     const Config& c = inputs.model.config;
-    if (options.loss == LearningLoss::kPredictions) {
+    if (options.learns_from_predictions()) {
       head_ = to_float_matrix(inputs.model.lm_head.weight);
       for (int64_t row = 0; row < head_.rows; ++row) {
         for (int64_t i = 0; i < c.dim; ++i) {
@@ -219,11 +219,11 @@ class Learner {
 
   void descend(int64_t first, int64_t last) {
     const int64_t n_visits = std::min(kLayersPerStep, n_layers_);
-    const double scale = options_.loss == LearningLoss::kPredictions ? kPredictionShare : 1.0;
+    const double scale = options_.learns_from_predictions() ? kPredictionShare : 1.0;
     for (int64_t step = first; step < last; ++step) {
       double loss = 0;
       std::vector<int64_t> visited;
-      if (options_.loss == LearningLoss::kPredictions) {
+      if (options_.learns_from_predictions()) {
         hooks_.stop();
         loss = predict();
       } else {
@@ -330,7 +330,7 @@ class Learner {
   const LearnHooks& hooks_;
   const LayerContext context_;
   const int64_t n_layers_;
-  FloatMatrix head_;   // for the loss of predictions, with the final norm's gain
+  FloatMatrix head_;   // for the losses of predictions, with the final norm's gain
   FloatLayer loaded_;  // its last layer
   int64_t loaded_index_ = -1;
   SplitMix64 rng_;

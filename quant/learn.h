@@ -6,7 +6,7 @@
 //   Q split svd   Q, R2, and for every linear a G in GL(r) between the factors of its branch
 //               (TwinQuant): A <- G A, B <- B G^-1
 //
-// A step visits a few layers with fresh tokens each (or, for the loss of predictions, the whole
+// A step visits a few layers with fresh tokens each (or, for the losses of predictions, the whole
 // model with one sequence), sums the gradients, and moves every basis along its manifold. Not here:
 // the losses (objective.h), what becomes of the result (learned_basis.h). Read next: learn.cpp,
 // Learner::run().
@@ -53,7 +53,7 @@ struct LearnResult {
 struct LearnInputs {
   const Model& model;
   const Calibration& calibration;
-  const InputBank* bank;  // null: not needed, for the loss of predictions
+  const InputBank* bank;  // null: not needed, for the losses of predictions
   const Transform& down;  // before w_down
 };
 

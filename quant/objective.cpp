@@ -78,7 +78,8 @@ double block_loss(const LayerProblem& problem, const LayerContext& context,
 double prediction_loss(const PredictionProblem& problem, const LayerContext& context,
                        const QuantizeOptions& options) {
   const Config& c = context.config;
-  const int64_t rows = static_cast<int64_t>(problem.tokens.size());
+  const bool cross_entropy = options.loss == LearningLoss::kCrossEntropy;
+  const int64_t rows = std::ssize(problem.tokens) - (cross_entropy ? 1 : 0);
   std::vector<float> embedded(static_cast<size_t>(rows * c.dim));
   for (int64_t i = 0; i < rows; ++i) {
     matrix_row_f32(*problem.tok_embed, problem.tokens[static_cast<size_t>(i)],
@@ -92,7 +93,7 @@ double prediction_loss(const PredictionProblem& problem, const LayerContext& con
   };
   Var x = tape.constant({1, rows, c.dim}, embedded.data()), target = x;
   for (int64_t index = 0; index < problem.n_layers; ++index) {
-    target = run(tape, index, nullptr, target);
+    if (!cross_entropy) target = run(tape, index, nullptr, target);
     x = checkpoint(tape,
                    [&, index](Tape& inner, const std::vector<Var>& inputs) {
                      return run(inner, index, &problem.bases[static_cast<size_t>(index)],
@@ -102,7 +103,9 @@ double prediction_loss(const PredictionProblem& problem, const LayerContext& con
   }
   const Var head =
       tape.constant({1, problem.head->rows, problem.head->cols}, problem.head->data.data());
-  const Var loss = head_kl(rms_norm(target, c.norm_eps), head, rms_norm(x, c.norm_eps), head);
+  const Var hidden = rms_norm(x, c.norm_eps);
+  const Var loss = cross_entropy ? head_cross_entropy(hidden, head, problem.tokens.subspan(1))
+                                 : head_kl(rms_norm(target, c.norm_eps), head, hidden, head);
   const double value = loss.item();
   tape.backward(loss);
   return value;

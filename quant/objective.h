@@ -1,10 +1,11 @@
-// objective - how much rounding in given bases hurts a model, and the gradient. Three losses:
+// objective - how much rounding in given bases hurts a model, and the gradient. The losses:
 //
 //   layer_loss       for every linear, ||y' - y||^2 / ||y||^2 over some tokens, where y is the
 //                    output of the original weight and y' that of the rounded weight (and branch)
 //                    on the rounded input; the mean over the seven linears
 //   block_loss       the same for what attention and FFN add to the stream; the mean of the two
-//   prediction_loss  KL(original || rounded) of the next-token predictions of the whole model
+//   prediction_loss  of the next-token predictions of the whole model: KL(original || rounded), or
+//                    the cross entropy of the next tokens of the text
 //
 // The first two take the inputs of the full-precision model, so layers are independent problems.
 // docs/method.md, section 5, compares them. Outputs are compared in the original basis, because a
@@ -47,6 +48,7 @@ struct PredictionProblem {
   std::vector<LayerBases> bases;  // of every layer
 };
 
+/// Cross entropy where options.loss asks for it (the last token is only predicted), else KL.
 double prediction_loss(const PredictionProblem& problem, const LayerContext& context,
                        const QuantizeOptions& options);
 

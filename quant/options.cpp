@@ -81,8 +81,10 @@ const char* loss_name(LearningLoss loss) {
       return "layer";
     case LearningLoss::kBlock:
       return "block";
-    case LearningLoss::kPredictions:
+    case LearningLoss::kKl:
       return "kl";
+    case LearningLoss::kCrossEntropy:
+      return "ce";
   }
   return "?";
 }
@@ -158,6 +160,10 @@ void check_options(const QuantizeOptions& options, const Config& config) {
   }
   if (options.rank > 0 && options.split == Split::kFit && options.branch_bits == 16) {
     usage("--branch-bits 16 contradicts --split fit", "4 or 8");
+  }
+  if (options.learns_basis() && options.loss == LearningLoss::kCrossEntropy &&
+      options.calib_length < 2) {
+    usage("--loss ce contradicts --calib-length 1", "one token has no next one");
   }
   if (options.loss != LearningLoss::kLayer && options.rounds_branch() &&
       options.split == Split::kSvd) {

@@ -30,8 +30,8 @@ enum class RoundingKind { kStore, kNearest, kGptq, kGptqCorrected };
 enum class Split { kSvd, kFit };
 
 /// What a learned basis is to keep (objective.h): outputs of linears, or of attention and FFN, or
-/// the model's predictions.
-enum class LearningLoss { kLayer, kBlock, kPredictions };
+/// the model's predictions: near the original's (kKl), or near the text (kCrossEntropy).
+enum class LearningLoss { kLayer, kBlock, kKl, kCrossEntropy };
 
 /// Steps of learning a basis, unless told otherwise.
 constexpr int64_t kLearningSteps = 200;
@@ -69,6 +69,10 @@ struct QuantizeOptions {
     return rounding == RoundingKind::kGptq || rounding == RoundingKind::kGptqCorrected;
   }
   bool learns_basis() const { return basis == Basis::kLearned || basis == Basis::kLayerwise; }
+  /// Learning sees the whole model and the tokens behind its last layer.
+  bool learns_from_predictions() const {
+    return learns_basis() && (loss == LearningLoss::kKl || loss == LearningLoss::kCrossEntropy);
+  }
   /// The branch is rounded with knowledge of the inputs, all of which are kept for that.
   bool rounds_branch() const { return rank > 0 && branch_bits < 16 && uses_gptq(); }
   bool needs_calibration() const { return uses_gptq() || learns_basis() || refine_steps > 0; }

@@ -154,7 +154,7 @@ class Pipeline {
     if (!learned) {
       const auto stop = [&] { check_interrupted(); };
       std::optional<InputBank> bank;
-      if (options_.loss != LearningLoss::kPredictions) {
+      if (!options_.learns_from_predictions()) {
         bank.emplace(source_, calibration, basis_.down(), backend, options_.threads,
                      [&](int64_t layer) {
                        stop();

@@ -47,9 +47,9 @@ uint64_t table_size(int64_t vocab, int64_t dim, int bits, int64_t group) {
 uint64_t learning_memory(const QuantizeOptions& options, const Config& c, uint64_t layer) {
   if (!options.learns_basis()) return 0;
   const uint64_t widths = static_cast<uint64_t>(2 * c.dim + c.q_dim() + c.hidden_dim);
-  // For the loss of predictions: the head, and the stream before every layer.
+  // For the losses of predictions: the head, and the stream before every layer.
   const uint64_t bank =
-      options.loss == LearningLoss::kPredictions
+      options.learns_from_predictions()
           ? 4 * static_cast<uint64_t>((c.vocab_size + options.calib_length * (c.n_layers + 2)) *
                                       c.dim)
           : 4 * static_cast<uint64_t>(InputBank::kTokens * c.n_layers) * widths;

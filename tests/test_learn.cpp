@@ -10,6 +10,7 @@
 #include "quant/objective.h"
 #include "quant/rng.h"
 #include "quant/stiefel.h"
+#include "tests/logits.h"
 #include "tests/orthogonal.h"
 #include "tests/tiny_model.h"
 
@@ -71,7 +72,8 @@ TEST(Learn, TheLossFallsAndBasesStayOrthogonal) {
 
 TEST(Learn, LossesOfBlocksAndOfPredictionsFallToo) {
   const TinyModel tiny(true);
-  for (const LearningLoss loss : {LearningLoss::kBlock, LearningLoss::kPredictions}) {
+  for (const LearningLoss loss :
+       {LearningLoss::kBlock, LearningLoss::kKl, LearningLoss::kCrossEntropy}) {
     QuantizeOptions options = learning_options("spinquant");
     options.loss = loss;
     options.steps = 80;
@@ -301,30 +303,84 @@ TEST(BlockLoss, GradientsAreSlopes) {
                [&] { return block_loss(planted.problem, planted.context, planted.options); });
 }
 
+// The whole model with one sample.
+struct PredictionCase {
+  PredictionCase(const Planted& planted, const Model& model)
+      : head(to_float_matrix(model.lm_head.weight)) {
+    for (int64_t row = 0; row < head.rows; ++row) {
+      for (int64_t i = 0; i < head.cols; ++i) {
+        head.row(row)[i] *= model.final_norm[static_cast<size_t>(i)];
+      }
+    }
+    problem.tokens = planted.learning.calibration.samples[1];
+    problem.tok_embed = &model.tok_embed;
+    problem.head = &head;
+    problem.n_layers = model.config.n_layers;
+    problem.layer = [this, &planted, &model](int64_t index) -> const FloatLayer& {
+      loaded = load_float_layer(model, index, 1);
+      fold_norm_gains(loaded, 1);
+      transform_rows(loaded.linears[kWDown], planted.learning.basis.down(), 1, 1);
+      return loaded;
+    };
+  }
+  PredictionCase(const PredictionCase&) = delete;
+  FloatMatrix head;
+  FloatLayer loaded;
+  PredictionProblem problem;
+};
+
 TEST(PredictionLoss, GradientsAreSlopes) {
   const TinyModel tiny(true);
   Planted planted(tiny.model());
-  const Model& model = tiny.model();
   std::vector<std::vector<float>> gradients(4);
   LayerBases bases;
   BasisLeaf* leaves[4] = {&bases.in, &bases.mid, &bases.out, &bases.heads};
-  const FloatMatrix head = to_float_matrix(model.lm_head.weight);
-  FloatLayer loaded;
-  PredictionProblem problem;
-  problem.tokens = planted.learning.calibration.samples[1];
-  problem.tok_embed = &model.tok_embed;
-  problem.head = &head;
-  problem.n_layers = model.config.n_layers;
-  problem.layer = [&](int64_t index) -> const FloatLayer& {
-    loaded = load_float_layer(model, index, 1);
-    fold_norm_gains(loaded, 1);
-    transform_rows(loaded.linears[kWDown], planted.learning.basis.down(), 1, 1);
-    return loaded;
-  };
-  check_slopes(planted.bases, leaves, gradients, [&] {
-    problem.bases.assign(static_cast<size_t>(problem.n_layers), bases);
-    return prediction_loss(problem, planted.context, planted.options);
-  });
+  const PredictionCase given(planted, tiny.model());
+  PredictionProblem problem = given.problem;
+  for (const LearningLoss loss : {LearningLoss::kKl, LearningLoss::kCrossEntropy}) {
+    planted.options.loss = loss;
+    check_slopes(planted.bases, leaves, gradients, [&] {
+      problem.bases.assign(static_cast<size_t>(problem.n_layers), bases);
+      return prediction_loss(problem, planted.context, planted.options);
+    });
+  }
+}
+
+// With groups of one column rounding multiplies every weight by kClip, in any basis: the runtime
+// can do that too.
+TEST(PredictionLoss, CrossEntropyIsThatOfTheNextTokens) {
+  const TinyModel tiny(true);
+  Planted planted(tiny.model());
+  const PredictionCase given(planted, tiny.model());
+  PredictionProblem problem = given.problem;
+  std::vector<std::vector<float>> gradients;
+  for (const FloatMatrix& basis : planted.bases) gradients.emplace_back(basis.data.size());
+  const auto leaf = [&](size_t i) { return BasisLeaf{&planted.bases[i], gradients[i].data()}; };
+  problem.bases.assign(static_cast<size_t>(problem.n_layers), {leaf(0), leaf(0), leaf(0), leaf(3)});
+  planted.options.loss = LearningLoss::kCrossEntropy;
+  const double loss = prediction_loss(problem, planted.context, planted.options);
+
+  Model scaled = tiny.model();
+  std::vector<FloatLayer> layers;
+  for (int64_t i = 0; i < problem.n_layers; ++i) {
+    layers.push_back(load_float_layer(tiny.model(), i, 1));
+    for (FloatMatrix& w : layers.back().linears) {
+      for (float& value : w.data) value *= static_cast<float>(kClip);
+    }
+  }
+  for (size_t i = 0; i < layers.size(); ++i) scaled.layers[i] = layers[i].view();
+  const std::vector<int32_t> ids(problem.tokens.begin(), problem.tokens.end());
+  const std::vector<float> logits = all_logits(scaled, ids);
+  const size_t vocab = static_cast<size_t>(scaled.config.vocab_size), n = ids.size() - 1;
+  double expected = 0;
+  for (size_t row = 0; row < n; ++row) {
+    double sum = 0;
+    for (size_t i = 0; i < vocab; ++i) sum += std::exp(double{logits[row * vocab + i]});
+    const size_t next = static_cast<size_t>(ids[row + 1]);
+    expected += (std::log(sum) - double{logits[row * vocab + next]}) / static_cast<double>(n);
+  }
+  // Some twenty products in a row, of 256 terms at most, in f32.
+  EXPECT_NEAR(loss, expected, 20 * 256 * 0x1.0p-24 * expected);
 }
 
 // Without rounding, A <- G A and B <- B G^-1 change nothing: Z measures rounding alone.

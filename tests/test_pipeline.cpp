@@ -481,6 +481,8 @@ TEST(Options, ContradictionsAreUsageErrors) {
   refused([](QuantizeOptions& o) { o.calib_length = 513; });
   refused([](QuantizeOptions& o) { o.act_codes = ActCodes::kAsymmetric; });  // inputs of 8 bits
   refused([](QuantizeOptions& o) { o.group_a = kTokenGroups; });             // heads of 48
+  refused([](QuantizeOptions& o) { o.loss = LearningLoss::kCrossEntropy, o.calib_length = 1; },
+          "spinquant");
   refused([](QuantizeOptions& o) { o.bits_a = 8; }, "none");
   EXPECT_NO_THROW(check_options(method_preset("twinquant"), config));
   EXPECT_NO_THROW(check_options(method_preset("respinquant"), config));

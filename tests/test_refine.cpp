@@ -157,13 +157,15 @@ TEST(Refine, TheStudentIsTheModelThatRuns) {
   for (TinyFamily family : {TinyFamily::kLlama, TinyFamily::kQwen3}) {
     const TinyModel tiny(family == TinyFamily::kLlama, 1, Storage::kF32, family);
     std::vector<QuantizeOptions> cases;
-    // Dense and packed branches, none; symmetric codes and all; every kind of basis.
+    // Dense and packed branches, none; every kind of codes; every kind of basis.
     for (const char* method :
          {"rtn", "quarot", "svdquant", "spinquant", "respinquant", "twinquant"})
       cases.push_back(four_bits(method));
     cases.push_back(four_bits("respinquant"));
     cases.back().rank = 16;
     cases.back().branch_bits = 4;
+    cases.push_back(four_bits("twinquant"));
+    cases.back().act_codes = ActCodes::kAsymmetric;
     cases.push_back(four_bits("quarot"));
     cases.back().bits_a = 16;
     for (const QuantizeOptions& options : cases) {

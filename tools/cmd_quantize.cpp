@@ -58,7 +58,8 @@ constexpr Named<RoundingKind> kRoundings[] = {{"rtn", RoundingKind::kNearest},
                                               {"gptq-ls", RoundingKind::kGptqCorrected}};
 constexpr Named<LearningLoss> kLosses[] = {{"layer", LearningLoss::kLayer},
                                            {"block", LearningLoss::kBlock},
-                                           {"kl", LearningLoss::kPredictions}};
+                                           {"kl", LearningLoss::kKl},
+                                           {"ce", LearningLoss::kCrossEntropy}};
 constexpr Named<ActCodes> kActCodes[] = {{"symmetric", ActCodes::kSymmetric},
                                          {"all", ActCodes::kAll},
                                          {"asymmetric", ActCodes::kAsymmetric}};
@@ -430,7 +431,8 @@ void add_method_options(CLI::App& command, QuantizeArguments& args) {
   command
       .add_option("--loss", args.loss,
                   "that a learned basis lowers: outputs of each linear (layer), of attention and "
-                  "FFN (block), or the model's predictions (kl)")
+                  "FFN (block), the model's predictions (kl: against the original's, ce: against "
+                  "the text)")
       ->check(CLI::IsMember(names_of(kLosses)))
       ->default_str("layer");
   command
