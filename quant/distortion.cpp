@@ -60,8 +60,9 @@ Json to_json(const LinearReport& report) {
   json["out"] = report.out;
   json["in"] = report.in;
   json["bits_per_weight"] = report.bits_per_weight;
-  json["weight_snr_db"] = finite_or_null(report.weight_snr_db);
-  if (report.output_snr_db) json["output_snr_db"] = finite_or_null(*report.output_snr_db);
+  Json& ratios = report.refined ? json["before_refinement"] : json;
+  ratios["weight_snr_db"] = finite_or_null(report.weight_snr_db);
+  if (report.output_snr_db) ratios["output_snr_db"] = finite_or_null(*report.output_snr_db);
   json["clipped"] = report.clipped;
   return json;
 }

@@ -19,6 +19,7 @@ struct LinearReport {
   double weight_snr_db = 0;             // 10 log10(|W|^2 / |W - W'|^2); infinity when exact
   std::optional<double> output_snr_db;  // the same for x W^T over the calibration tokens
   double clipped = 0;                   // fraction of weights outside the range of codes
+  bool refined = false;                 // the scales have changed since the ratios were measured
 };
 
 /// Compares a linear as stored with the weight it stands for (in the same basis, and after the
@@ -27,7 +28,8 @@ LinearReport measure_linear(const std::string& name, const FloatMatrix& w,
                             const OwnedLinear& stored, int64_t n_clipped, const Gram* gram,
                             int threads);
 
-/// Infinite ratios become null: JSON has no infinity.
+/// Infinite ratios become null: JSON has no infinity. Those from before a refinement of the scales
+/// are in "before_refinement": what ships has none, because its inputs are not kept.
 Json to_json(const LinearReport& report);
 LinearReport report_from_json(const Json& json);
 

@@ -39,14 +39,17 @@ Json make_fingerprint(const Model& source, const QuantizeOptions& options,
 // What `tq inspect` shows of a report. Three decimals, so that the last bits of a logarithm, which
 // no library promises, are not part of the file.
 Json distortion_json(const LinearReport& report) {
-  Json json;
-  const Json all = to_json(report);
-  for (const char* key : {"weight_snr_db", "output_snr_db", "clipped"}) {
-    if (!all.contains(key)) continue;
-    json[key] = all[key].is_null() ? Json(nullptr)  // exact
-                                   : Json(std::round(1000 * all[key].get<double>()) / 1000);
-  }
-  return json;
+  const std::function<Json(const Json&)> rounded = [&](const Json& all) {
+    Json json;
+    for (const char* key : {"before_refinement", "weight_snr_db", "output_snr_db", "clipped"}) {
+      if (!all.contains(key)) continue;
+      json[key] = all[key].is_object() ? rounded(all[key])
+                  : all[key].is_null() ? Json(nullptr)  // exact
+                                       : Json(std::round(1000 * all[key].get<double>()) / 1000);
+    }
+    return json;
+  };
+  return rounded(to_json(report));
 }
 
 // Embedding or head: the source's own 16 bits, f32 only if asked for, or rounded to nearest.
@@ -196,6 +199,7 @@ class Pipeline {
     note(text);
     for (size_t i = 0; i < layers.size(); ++i) {
       finished_[i].layer = std::move(layers[i]);
+      for (LinearReport& report : finished_[i].reports) report.refined = refined.kept();
       write_layer(static_cast<int64_t>(i), finished_[i]);
     }
   }

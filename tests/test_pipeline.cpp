@@ -220,6 +220,26 @@ TEST(Pipeline, NoneStoresF32AsF16UnlessItOverflows) {
   EXPECT_EQ(stored.layers[0].wk.weight.storage, Storage::kF16);
 }
 
+TEST(Pipeline, RatiosFromBeforeRefinementAreCalledThat) {
+  LinearReport report;
+  report.name = "layers.0.wq";
+  report.weight_snr_db = 20;
+  report.output_snr_db = 25;
+  EXPECT_EQ(to_json(report)["output_snr_db"], 25);
+  report.refined = true;
+  const Json json = to_json(report);
+  EXPECT_FALSE(json.contains("output_snr_db") || json.contains("weight_snr_db"));
+  EXPECT_EQ(json["before_refinement"]["output_snr_db"], 25);
+  // A run that keeps refined scales says so of every linear.
+  const TinyModel tiny(true);
+  QuantizeOptions options = learned_methods()[2];
+  options.refine_steps = 12;
+  const QuantizeResult result = run(tiny.model(), options).result;
+  for (const LinearReport& linear : result.linears) {
+    EXPECT_EQ(linear.refined, result.refined.kept());
+  }
+}
+
 TEST(Pipeline, TiedTablesAreStoredOnceAndMayBePacked) {
   const TinyModel tiny(true);
   for (int bits : {16, 8, 4}) {

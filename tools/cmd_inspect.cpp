@@ -185,19 +185,25 @@ void print_summary(const Json& json) {
   add("  quantization %s\n\n", json["quantization"].value("method", "none").c_str());
   add("  %-22s %14s %6s %6s %6s %8s %8s\n", "tensor", "shape", "store", "group", "rank", "bits/w",
       "SNR dB");
+  bool any_before = false;
   for (const Json& tensor : json["tensors"]) {
     char dims[32];
     std::snprintf(dims, sizeof dims, "%lld x %lld", tensor["shape"][0].get<long long>(),
                   tensor["shape"][1].get<long long>());
     std::string snr = "-";
-    if (tensor.contains("distortion") && tensor["distortion"].contains("weight_snr_db")) {
-      const Json& db = tensor["distortion"]["weight_snr_db"];  // null: exact
-      snr = decibels(db.is_number() ? db.get<double>() : INFINITY);
+    Json measured = tensor.value("distortion", Json::object());
+    const bool before = measured.contains("before_refinement");
+    if (before) measured = Json(measured["before_refinement"]);
+    if (measured.contains("weight_snr_db")) {
+      const Json& db = measured["weight_snr_db"];  // null: exact
+      snr = decibels(db.is_number() ? db.get<double>() : INFINITY) + (before ? "*" : "");
+      any_before = any_before || before;
     }
     add("  %-22s %14s %6s %6lld %6lld %8.4f %8s\n", tensor["name"].get<std::string>().c_str(), dims,
         tensor["storage"].get<std::string>().c_str(), tensor.value("group", 0LL),
         tensor.value("rank", 0LL), tensor["bits_per_weight"].get<double>(), snr.c_str());
   }
+  if (any_before) add("  %s\n", "* of the scales as rounded; refining them changed what is stored");
   write_stdout(out);
 }
 

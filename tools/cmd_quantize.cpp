@@ -331,6 +331,7 @@ void print_summary(const QuantizeResult& result, const std::string& output, doub
   if (std::isfinite(mean_db(result.linears, true))) {
     quality += ", " + decibels(mean_db(result.linears, true)) + " dB in outputs";
   }
+  if (!quality.empty() && result.refined.kept()) quality += " before refinement";
   std::fprintf(stderr, "tq: %s: %s, linears %.4f bits per weight%s; %.1f s, peak memory %s\n",
                output.c_str(), megabytes(result.file_bytes).c_str(), result.bits_per_weight,
                quality.c_str(), seconds, megabytes(peak_rss_bytes()).c_str());
