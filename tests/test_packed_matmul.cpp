@@ -421,10 +421,12 @@ TEST(PackedMatmul, IsWithinTheBoundOfADoubleReference) {
   // Against exact arithmetic on the rounded operands: G groups, each term rounded by its scale
   // product (1 eps) and by the fma chain (at most G eps of the running sum), so
   // |error| <= (G + 2) eps sum_g |dot_g| s_g. The groups are the common parts of the two kinds.
-  const Shape shapes[] = {{64, 576, 64, 64, Storage::kQ4, 8},
-                          {64, 576, 128, 32, Storage::kQ4, 8},
-                          {64, 576, 64, 32, Storage::kQ4, 4, 0, Storage::kQ4, 0, true},
-                          {64, 576, 32, 128, Storage::kQ8, 3, 0, Storage::kQ4, 0, true}};
+  const Shape shapes[] = {
+      {64, 576, 64, 64, Storage::kQ4, 8},
+      {64, 576, 128, 32, Storage::kQ4, 8},
+      {64, 576, 64, 32, Storage::kQ4, 4, 0, Storage::kQ4, 0, ActCodes::kAll},
+      {64, 576, 32, 128, Storage::kQ8, 3, 0, Storage::kQ4, 0, ActCodes::kAll},
+      {64, 576, 64, 576, Storage::kQ4, 4, 0, Storage::kQ4, 0, ActCodes::kAsymmetric}};
   for (const Shape& shape : shapes) expect_within_bound(shape);
 }
 
@@ -537,7 +539,7 @@ TEST(PackedMatmul, LinearsOfOneCallMayRoundDifferently) {
 }
 
 TEST(PackedMatmul, RefusesGroupsThatDoNotFitEachOther) {
-  const auto odd = make_linear({16, 192, 48, 64, Storage::kQ4, 8});
+  const auto odd = make_linear({16, 192, 20, 64, Storage::kQ4, 8});  // parts of 4
   CpuBackend backend(1);
   EXPECT_THROW(backend.prepare(odd->view), Error);
   const auto tiny = make_linear({16, 192, 4, 64, Storage::kQ4, 8});
