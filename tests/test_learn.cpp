@@ -79,7 +79,9 @@ TEST(Learn, LossesOfBlocksAndOfPredictionsFallToo) {
     options.steps = 80;
     Learning learning(tiny.model(), options);
     const LearnResult result = learning.run();
-    EXPECT_LT(mean(result.losses, 60, 80), 0.97 * mean(result.losses, 0, 20));
+    // Most of the cross entropy of random text is there without any rounding.
+    const double share = loss == LearningLoss::kCrossEntropy ? 0.99 : 0.97;
+    EXPECT_LT(mean(result.losses, 60, 80), share * mean(result.losses, 0, 20));
     EXPECT_LT(result.orthogonality_error, 1e-9);
     options.steps = 3;
     Learning two_threads(tiny.model(), options);
