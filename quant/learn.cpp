@@ -192,6 +192,7 @@ class Learner {
 
   FloatLayer load(int64_t index) const {
     FloatLayer layer = load_float_layer(inputs_.model, index, options_.threads);
+    if (hooks_.loaded) hooks_.loaded(index);
     fold_norm_gains(layer, options_.threads);
     transform_rows(layer.linears[kWDown], inputs_.down, 1, options_.threads);
     return layer;

@@ -42,6 +42,8 @@ struct LearnHooks {
   /// After each step: loss of its layers, averaged over recent steps.
   std::function<void(int64_t step, int64_t n_steps, double loss)> progress;
   std::function<void()> stop;  // throws to abandon
+  /// The weights of a layer have been copied out of the source (its mapped pages may go). Optional.
+  std::function<void(int64_t layer)> loaded = nullptr;
 };
 
 struct LearnResult {

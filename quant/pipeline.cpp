@@ -161,13 +161,14 @@ class Pipeline {
         bank.emplace(source_, calibration, basis_.down(), backend, options_.threads,
                      [&](int64_t layer) {
                        stop();
+                       if (layer > 0) release_layer(layer - 1);
                        step(layer, "sampling");
                      });
       }
       const LearnHooks hooks{[&](int64_t step, int64_t n_steps, double loss) {
                                if (hooks_.descent) hooks_.descent("learning", step, n_steps, loss);
                              },
-                             stop};
+                             stop, [&](int64_t layer) { release_layer(layer); }};
       learned = learn_basis({source_, calibration, bank ? &*bank : nullptr, basis_.down()},
                             options_, hooks);
       store_.save_learned(*learned);

@@ -20,7 +20,9 @@ namespace tq {
 namespace {
 
 // Program, tokenizer and JSON trees, which do not grow with the weights.
-constexpr uint64_t kBaseMemory = 200u << 20;
+constexpr uint64_t kBaseMemory = 100u << 20;
+// Rows of logits at a time (cpu/autodiff_head.cpp): of both models, and their gradient.
+constexpr int64_t kLogitRows = 128;
 // JSON of one tensor in the header plus padding to 64 bytes, and of one linear.
 constexpr uint64_t kHeaderPerLinear = 700;
 
@@ -43,19 +45,50 @@ uint64_t table_size(int64_t vocab, int64_t dim, int bits, int64_t group) {
          (bits < 16 ? static_cast<uint64_t>(vocab) * n_groups * 2 : 0);
 }
 
-// The inputs of all layers, from which a basis is learned, and what one visit of a layer needs.
+int64_t n_bases(const QuantizeOptions& options, const Config& c) {
+  if (!options.learns_basis()) return 0;
+  return options.basis == Basis::kLayerwise ? 2 * c.n_layers + 1 : 1;
+}
+
+// What a layer keeps on the tape for its gradient, beside its weights.
+uint64_t activations(int64_t rows, const Config& c) {
+  return 4 * static_cast<uint64_t>(rows * (12 * c.dim + 8 * c.q_dim() + 8 * c.hidden_dim));
+}
+
+// Weights of rank r on both sides of every linear of the model.
+uint64_t branch_elements(const QuantizeOptions& options, const Config& c) {
+  uint64_t elements = 0;
+  for (const LinearPlan& linear : plan_layer(options, c, 0)) {
+    elements += static_cast<uint64_t>(c.n_layers * options.rank * (linear.out + linear.in));
+  }
+  return elements;
+}
+
+bool learns_branches(const QuantizeOptions& options) {
+  return options.learns_basis() && options.rounds_branch() && options.split == Split::kSvd;
+}
+
+// The inputs of all layers, from which a basis is learned, and what one visit of a layer needs: its
+// weights, those in the basis, those rounded, and gradients as they come and go (measured with the
+// block of an 8B model: 3.3 times the weights).
 uint64_t learning_memory(const QuantizeOptions& options, const Config& c, uint64_t layer) {
   if (!options.learns_basis()) return 0;
   const uint64_t widths = static_cast<uint64_t>(2 * c.dim + c.q_dim() + c.hidden_dim);
-  // For the losses of predictions: the head, and the stream before every layer.
+  // For the losses of predictions: the head, logits, and the stream before every layer.
   const uint64_t bank =
       options.learns_from_predictions()
           ? 4 * static_cast<uint64_t>((c.vocab_size + options.calib_length * (c.n_layers + 2)) *
-                                      c.dim)
+                                          c.dim +
+                                      3 * kLogitRows * c.vocab_size) +
+                activations(options.calib_length, c)
           : 4 * static_cast<uint64_t>(InputBank::kTokens * c.n_layers) * widths;
-  const uint64_t bases = options.basis == Basis::kLayerwise ? 2 * c.n_layers + 1 : 1;
-  // f64 matrix, two moments and generator, f32 copy and gradient.
-  return bank + 6 * layer + bases * 40 * static_cast<uint64_t>(c.dim * c.dim);
+  // f64 matrix, two moments and result, f32 copy and gradient.
+  const uint64_t bases = 40 * static_cast<uint64_t>(n_bases(options, c) * c.dim * c.dim +
+                                                    c.n_layers * c.head_dim * c.head_dim);
+  // The residual beside the weight; factors and gradients in f32.
+  const uint64_t branches =
+      learns_branches(options) ? 2 * layer + 8 * branch_elements(options, c) : 0;
+  return bank + 4 * layer + bases + branches;
 }
 
 // All codes and scales, the head in f32, the stream before every layer, one layer on the tape.
@@ -66,9 +99,8 @@ uint64_t refining_memory(const QuantizeOptions& options, const Config& c, uint64
   const uint64_t scales = 20 * n_layers * layer / 4 / static_cast<uint64_t>(options.group);
   const uint64_t head = 4 * static_cast<uint64_t>(c.vocab_size * c.dim);
   const uint64_t stream = 4 * static_cast<uint64_t>(options.calib_length * c.dim) * (n_layers + 2);
-  const uint64_t activations = 4 * static_cast<uint64_t>(options.calib_length) *
-                               static_cast<uint64_t>(12 * c.dim + 8 * c.q_dim() + 8 * c.hidden_dim);
-  return n_layers * layer_bytes + scales + head + stream + activations + 2 * layer;
+  return n_layers * layer_bytes + scales + head + stream + activations(options.calib_length, c) +
+         2 * layer;
 }
 
 // Learned bases and the steps between them, as quantize_layer.cpp stores them.
@@ -84,14 +116,9 @@ uint64_t basis_bytes(const QuantizeOptions& options, const Config& c) {
 // What resume.h keeps of them, in f64, with the branches whose G was learned, in f32.
 uint64_t learned_bytes(const QuantizeOptions& options, const Config& c) {
   if (!options.learns_basis()) return 0;
-  const int64_t n_bases = options.basis == Basis::kLayerwise ? 2 * c.n_layers + 1 : 1;
-  int64_t bytes = 8 * (n_bases * c.dim * c.dim + c.n_layers * c.head_dim * c.head_dim);
-  if (options.rounds_branch() && options.split == Split::kSvd) {
-    for (const LinearPlan& linear : plan_layer(options, c, 0)) {
-      bytes += 4 * c.n_layers * options.rank * (linear.out + linear.in);
-    }
-  }
-  return static_cast<uint64_t>(bytes);
+  const uint64_t bases = 8 * static_cast<uint64_t>(n_bases(options, c) * c.dim * c.dim +
+                                                   c.n_layers * c.head_dim * c.head_dim);
+  return bases + (learns_branches(options) ? 4 * branch_elements(options, c) : 0);
 }
 
 // One layer in flight, its second moments, and the stream of all tokens (see pipeline.cpp).
@@ -122,8 +149,12 @@ uint64_t estimate_memory(const QuantizeOptions& options, const Config& c, uint64
   const uint64_t table = static_cast<uint64_t>(c.vocab_size * c.dim) *
                          (std::min(options.embed_bits, options.head_bits) < 16 ? 5 : 2);
   const uint64_t refining = stream + refining_memory(options, c, layer, layer_bytes);
-  return kBaseMemory +
-         std::max({learning_memory(options, c, layer), calibrating, rounding, refining, table});
+  // The basis, with its branches, stays; what is to be refined waits until the last layer is done.
+  const uint64_t kept = learned_bytes(options, c);
+  const uint64_t waiting =
+      options.refine_steps > 0 ? static_cast<uint64_t>(c.n_layers) * layer_bytes : 0;
+  return kBaseMemory + std::max({learning_memory(options, c, layer), kept + waiting + calibrating,
+                                 kept + waiting + rounding, kept + refining, table});
 }
 
 uint64_t first_number(const char* path) {

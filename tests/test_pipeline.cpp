@@ -464,6 +464,36 @@ TEST(Preflight, WeightsThatAreNotFiniteAreNamed) {
   EXPECT_NE(scan_weights(tiny.model(), [](const Matrix&) {}), hash);
 }
 
+// Peaks that `tq quantize` reported (docs/results.md, "Time and memory of quantizing").
+TEST(Preflight, EstimatesOfLearnedMethodsAreNearMeasuredPeaks) {
+  const auto planned = [](const std::string& sizes, const std::string& method,
+                          const std::function<void(QuantizeOptions&)>& change = {}) {
+    Model model;
+    model.texts.config = R"({"architectures":["LlamaForCausalLM"],"model_type":"llama",)"
+                         R"("hidden_act":"silu","max_position_embeddings":8192,)"
+                         R"("rms_norm_eps":1e-5,"rope_theta":1e5,"tie_word_embeddings":true,)" +
+                         sizes + "}";
+    model.config = parse_config(model.texts.config, "test");
+    QuantizeOptions options = method_preset(method);
+    options.bits_a = 4;
+    if (change) change(options);
+    return static_cast<double>(make_plan(model, options, 64 * 512).memory_bytes) / 1e6;
+  };
+  const std::string small = R"("hidden_size":576,"intermediate_size":1536,"num_hidden_layers":30,)"
+                            R"("num_attention_heads":9,"num_key_value_heads":3,"vocab_size":49152)";
+  const std::string block = R"("hidden_size":4096,"intermediate_size":14336,"vocab_size":512,)"
+                            R"("num_attention_heads":32,"num_key_value_heads":8,)"
+                            R"("num_hidden_layers":1)";
+  const struct {
+    double peak, estimate;
+  } cases[] = {{1184, planned(small, "spinquant")},
+               {2131, planned(small, "respinquant")},
+               {1183, planned(small, "twinquant")},
+               {1423, planned(small, "twinquant", [](auto& o) { o.split = Split::kSvd; })},
+               {12260, planned(block, "twinquant")}};
+  for (const auto& c : cases) EXPECT_NEAR(c.estimate, c.peak, 0.3 * c.peak);
+}
+
 TEST(Preflight, OutputPathsAreRefusedBeforeWork) {
   TempDir folder;
   write_bytes(folder / "old.tq", "x");
