@@ -1,7 +1,8 @@
-// rounding - the column walk of RTN and GPTQ. See rounding.h; read round_strip() first.
+// rounding - the column walk of RTN and GPTQ. See rounding.h; read round_strips() first.
 #include "quant/rounding.h"
 
 #include <cmath>
+#include <span>
 
 #include "model/error.h"
 #include "quant/gptq.h"
@@ -16,6 +17,9 @@ constexpr int kGridSteps = 49;
 constexpr float kGridStep = 0.0125f;
 // Columns updated one by one before the rest of the matrix catches up. A multiple of every group.
 constexpr int64_t kBlock = 128;
+// Strips that walk together, so that a piece of U (kBlock rows of kPiece columns, 32 KB) comes from
+// memory once for both. One where threads would run out of turns.
+constexpr int64_t kMostStrips = 2, kPiece = 64, kTurnsPerThread = 8;
 // x + kRoundMagic - kRoundMagic rounds |x| < 2^22 to the nearest integer, ties to even, with two
 // additions that exist in every instruction set.
 constexpr float kRoundMagic = 12582912.0f;
@@ -115,35 +119,51 @@ void find_group_scales(const float* columns, int64_t width, CodeRange range, flo
   }
 }
 
-// Rounds the strip in `buffers` column by column, in the order of the factor. Returns how many
-// weights were clipped in the first `n_lanes` rows.
-int64_t round_strip(int64_t cols, int64_t n_lanes, const RoundingSpec& spec, CodeRange range,
-                    const GptqFactor* factor, StripBuffers& buffers) {
+// Rounds columns [begin, end) of the strip in `buffers` one by one and leaves their errors there.
+// Returns how many weights were clipped in the first `n_lanes` rows.
+int64_t round_block(int64_t begin, int64_t end, int64_t cols, int64_t n_lanes,
+                    const RoundingSpec& spec, CodeRange range, const GptqFactor* factor,
+                    StripBuffers& buffers) {
   float* columns = buffers.columns.as<float>();
-  float* errors = buffers.errors.as<float>();
+  int64_t n_clipped = 0;
+  for (int64_t col = begin; col < end; ++col) {
+    float* scales = buffers.scales.as<float>() + col / spec.group * kStripRows;
+    float* column = columns + col * kStripRows;
+    if (col % spec.group == 0) {
+      find_group_scales(column, std::min(spec.group, cols - col), range, scales);
+    }
+    round_column(column, scales, range, buffers.codes.as<float>() + col * kStripRows);
+    for (int64_t lane = 0; lane < n_lanes; ++lane) {
+      // A touch over half a step: w - scale * code may round up.
+      if (std::fabs(column[lane]) > 0.5001f * scales[lane]) ++n_clipped;
+    }
+    if (!factor) continue;
+    const float* u_row = factor->u.data() + col * factor->n;
+    float* error = buffers.errors.as<float>() + (col - begin) * kStripRows;
+    for (int64_t lane = 0; lane < kStripRows; ++lane) error[lane] = column[lane] / u_row[col];
+    propagate(columns, col + 1, end, error, 1, u_row, factor->n);
+  }
+  return n_clipped;
+}
+
+// Rounds the strips in `strips`, `n_rows` rows in all, in the order of the factor. Returns how many
+// weights were clipped. No strip sees another, so how many walk together changes nothing.
+int64_t round_strips(int64_t cols, int64_t n_rows, const RoundingSpec& spec, CodeRange range,
+                     const GptqFactor* factor, std::span<StripBuffers> strips) {
   int64_t n_clipped = 0;
   for (int64_t begin = 0; begin < cols; begin += kBlock) {
     const int64_t end = std::min(cols, begin + kBlock);
-    for (int64_t col = begin; col < end; ++col) {
-      float* scales = buffers.scales.as<float>() + col / spec.group * kStripRows;
-      float* column = columns + col * kStripRows;
-      if (col % spec.group == 0) {
-        find_group_scales(column, std::min(spec.group, cols - col), range, scales);
-      }
-      round_column(column, scales, range, buffers.codes.as<float>() + col * kStripRows);
-      for (int64_t lane = 0; lane < n_lanes; ++lane) {
-        // A touch over half a step: w - scale * code may round up.
-        if (std::fabs(column[lane]) > 0.5001f * scales[lane]) ++n_clipped;
-      }
-      if (!factor) continue;
-      const float* u_row = factor->u.data() + col * factor->n;
-      float* error = errors + (col - begin) * kStripRows;
-      for (int64_t lane = 0; lane < kStripRows; ++lane) error[lane] = column[lane] / u_row[col];
-      propagate(columns, col + 1, end, error, 1, u_row, factor->n);
+    for (size_t i = 0; i < strips.size(); ++i) {
+      const int64_t left = n_rows - static_cast<int64_t>(i) * kStripRows;
+      n_clipped +=
+          round_block(begin, end, cols, std::min(kStripRows, left), spec, range, factor, strips[i]);
     }
-    if (factor) {
-      propagate(columns, end, cols, errors, end - begin, factor->u.data() + begin * factor->n,
-                factor->n);
+    for (int64_t piece = end; factor && piece < cols; piece += kPiece) {
+      for (StripBuffers& strip : strips) {
+        propagate(strip.columns.as<float>(), piece, std::min(cols, piece + kPiece),
+                  strip.errors.as<float>(), end - begin, factor->u.data() + begin * factor->n,
+                  factor->n);
+      }
     }
   }
   return n_clipped;
@@ -199,15 +219,23 @@ Rounded round_matrix(const FloatMatrix& w, const RoundingSpec& spec, const GptqF
   std::vector<int64_t> position(static_cast<size_t>(w.cols));
   for (int64_t at = 0; at < w.cols; ++at) position[static_cast<size_t>(column(at))] = at;
   int64_t n_clipped = 0;
+  const int64_t all = n_strips(w.rows);
+  const int64_t together =
+      factor ? std::clamp<int64_t>(all / (kTurnsPerThread * threads), 1, kMostStrips) : 1;
 #pragma omp parallel num_threads(threads) reduction(+ : n_clipped)
   {
-    StripBuffers buffers(w.cols, out.view().n_groups());
+    std::vector<StripBuffers> buffers;
+    for (int64_t i = 0; i < together; ++i) buffers.emplace_back(w.cols, out.view().n_groups());
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t strip = 0; strip < n_strips(w.rows); ++strip) {
-      load_strip(w, strip, column, buffers.columns.as<float>());
-      const int64_t n_lanes = std::min(kStripRows, w.rows - strip * kStripRows);
-      n_clipped += round_strip(w.cols, n_lanes, spec, range, factor, buffers);
-      store_strip(buffers, position, strip, spec, out);
+    for (int64_t first = 0; first < all; first += together) {
+      const std::span strips(buffers.data(), static_cast<size_t>(std::min(together, all - first)));
+      for (size_t i = 0; i < strips.size(); ++i) {
+        load_strip(w, first + static_cast<int64_t>(i), column, strips[i].columns.as<float>());
+      }
+      n_clipped += round_strips(w.cols, w.rows - first * kStripRows, spec, range, factor, strips);
+      for (size_t i = 0; i < strips.size(); ++i) {
+        store_strip(strips[i], position, first + static_cast<int64_t>(i), spec, out);
+      }
     }
   }
   result.n_clipped = n_clipped;

@@ -106,6 +106,34 @@ TEST(Rounding, CodesAreTheNearestIntegersToTheStoredScale) {
   }
 }
 
+// Two strips of 16 rows walk together where there are enough of them: what rows become must not
+// depend on which strips they share the walk with, nor on threads.
+TEST(Rounding, RowsDoNotDependOnTheRowsBesideThem) {
+  constexpr int64_t kRows = 16 * 17 + 5, kCols = 300;  // pairs, an odd strip, a short one
+  Gram gram(kCols);
+  const FloatMatrix x = correlated_inputs(400, kCols, 7);
+  gram.add(x.data.data(), x.rows, 2);
+  const GptqFactor factor = factorize(gram, 2, "test");
+  const FloatMatrix w = random_matrix(kRows, kCols, 8);
+  const Rounded together = round_matrix(w, {4, 64}, &factor, 1);
+  const Rounded threads = round_matrix(w, {4, 64}, &factor, 3);
+  EXPECT_EQ(threads.matrix.data, together.matrix.data);
+  EXPECT_EQ(threads.n_clipped, together.n_clipped);
+  int64_t n_clipped = 0;
+  for (int64_t first = 0; first < kRows; first += 16) {
+    const int64_t count = std::min<int64_t>(16, kRows - first);
+    const FloatMatrix part = make(count, kCols, {w.row(first), w.row(first) + count * kCols});
+    const Rounded alone = round_matrix(part, {4, 64}, &factor, 1);
+    n_clipped += alone.n_clipped;
+    const int64_t bytes = alone.matrix.view().row_bytes(), groups = alone.matrix.view().n_groups();
+    EXPECT_TRUE(std::equal(alone.matrix.data.begin(), alone.matrix.data.end(),
+                           together.matrix.data.begin() + first * bytes));
+    EXPECT_TRUE(std::equal(alone.matrix.scales.begin(), alone.matrix.scales.end(),
+                           together.matrix.scales.begin() + first * groups));
+  }
+  EXPECT_EQ(n_clipped, together.n_clipped);
+}
+
 TEST(Rounding, ClipSearchNeverLosesToTheFullRange) {
   const FloatMatrix w = random_matrix(64, 64, 5);
   const OwnedMatrix rounded = round_matrix(w, {4, 64}, nullptr, 1).matrix;
