@@ -50,6 +50,9 @@ ROWS = [
     Row("SpinQuant W4A4", "--method spinquant --bits-a 4", seeds=3),
     Row("SpinQuant W4A4, loss of blocks", "--method spinquant --loss block --bits-a 4"),
     Row("SpinQuant W4A4, loss of predictions", "--method spinquant --loss kl --bits-a 4"),
+    Row("SpinQuant W4A4, the paper's recipe",
+        "--method spinquant --loss ce --steps 100 --act-codes asymmetric --group-a token "
+        "--rounding gptq --bits-a 4"),
     Row("SpinQuant W4A4, 1000 steps", "--method spinquant --bits-a 4 --steps 1000"),
     Row("ReSpinQuant r0 W4A4", "--method respinquant --basis-rank 0 --bits-a 4"),
     Row("ReSpinQuant r8 W4A4", "--method respinquant --basis-rank 8 --bits-a 4"),
