@@ -95,6 +95,7 @@ TEST_F(QuantizeCli, EveryMethodWorksOnEveryArchitecture) {
     if (!entry.is_directory()) continue;
     for (const std::string method :
          {"none", "rtn", "svdquant --rank 4", "gptq", "quarot", "spinquant --steps 2",
+          "spinquant --steps 2 --loss ce --act-codes asymmetric --bits-a 4",
           "respinquant --steps 2 --basis-rank 4", "respinquant --steps 2 --basis-rank full",
           "twinquant --steps 2 --refine-steps 1 --rank 4",
           "twinquant --steps 2 --refine-steps 0 --rank 4 --split svd --bits-a 4"}) {
@@ -170,6 +171,10 @@ TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
   expect_failure(2, kModel + output() + " --bits-a 5", "--bits-a");
   expect_failure(2, kModel + output() + " --kv-bits 32", "--kv-bits");
   expect_failure(2, kModel + output() + " --group 48", "--group");
+  expect_failure(2, kModel + output() + " --group-a 48", "--group-a");
+  expect_failure(2, kModel + output() + " --group-a token", "multiple of 32");  // heads of 8
+  expect_failure(2, kModel + output() + " --act-codes asymmetric", "--bits-a 8");
+  expect_failure(2, kModel + output() + " --loss ce --calib-length 1", "next one");
   expect_failure(2, kModel + output() + " --method svdquant --rank 33", "smallest side");
   expect_failure(2, kModel + output() + " --rank 8 --embed-bits 8 --head-bits 4", "stored once");
   expect_failure(2, kModel + output() + " --method rtn --calib-samples 3", "calibration options");
