@@ -6,8 +6,9 @@
 //           device better). One thread has the copy engine bring stages of 128 columns; two
 //           warpgroups of 128 threads multiply 64 rows at a time: weights are operand A, expanded
 //           from nibbles in registers, tokens are operand B, read from shared memory as they lie in
-//           memory. Sums of one half of the tokens are scaled while the other half is multiplied.
-//           The low-rank component is a few more stages of the same loop: no second pass or write
+//           memory. The sums of a unit (64 rows, half of the tokens, a group) are scaled while the
+//           next unit is multiplied. The low-rank component is a few more stages of the same loop:
+//           no second pass or write
 // Memory    16 KB of weights and 16 KB of tokens a stage for 2^22 products: 128 products a byte of
 //           second-level cache
 // Constants inputs of up to 4 bits are e4m3 numbers: their sums are exact (wgmma.cuh) and come as
