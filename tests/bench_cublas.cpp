@@ -14,10 +14,6 @@ void check(cublasStatus_t status, const char* what) {
 
 }  // namespace
 
-const char* yardstick_name(Yardstick type) {
-  return type == Yardstick::kBf16 ? "bf16" : type == Yardstick::kFp8 ? "fp8" : "int8";
-}
-
 CublasProduct::CublasProduct(Yardstick type, int64_t m, int64_t out, int64_t in)
     : type_(type),
       m_(m),

@@ -12,7 +12,6 @@
 namespace tq::cuda {
 
 enum class Yardstick { kBf16, kFp8, kInt8 };
-const char* yardstick_name(Yardstick type);
 
 /// y [m, out] = x [m, in] W^T, W [out, in]. Output bf16, for kInt8 int32. No scales.
 class CublasProduct {

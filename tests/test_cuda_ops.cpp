@@ -172,24 +172,9 @@ std::vector<LinearCase> linear_cases() {
     cases.push_back(
         {"branch", Storage::kQ4, 112, 320, 64, {8, 64, 1.0f, ActCodes::kAll}, rank, 64});
   }
-  cases.push_back({"16-bit branch",
-                   Storage::kQ4,
-                   80,
-                   256,
-                   64,
-                   {4, 64, 1.0f, ActCodes::kAll},
-                   32,
-                   0,
-                   Storage::kBF16});
-  cases.push_back({"8-bit branch",
-                   Storage::kQ4,
-                   80,
-                   256,
-                   64,
-                   {4, 64, 1.0f, ActCodes::kAll},
-                   32,
-                   32,
-                   Storage::kQ8});
+  const ActQuant all = {4, 64, 1.0f, ActCodes::kAll};
+  cases.push_back({"16-bit branch", Storage::kQ4, 80, 256, 64, all, 32, 0, Storage::kBF16});
+  cases.push_back({"8-bit branch", Storage::kQ4, 80, 256, 64, all, 32, 32, Storage::kQ8});
   cases.push_back(
       {"asymmetric branch", Storage::kQ4, 112, 320, 64, {4, 320, 1.0f, ActCodes::kAsymmetric}, 32});
   cases.push_back(
