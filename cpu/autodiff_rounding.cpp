@@ -122,6 +122,20 @@ struct Groups {
   int64_t size(int64_t i) const { return std::min(group, cols - i % n_groups * group); }
 };
 
+// Two-level scales: as token_unit (linear.h) and round_scale.h have them.
+float unit_of_row(const float* x, int64_t cols, const GroupRounding& rounding, float clip) {
+  return std::fabs(scale_of(x, cols, rounding, clip).scale) / static_cast<float>(kMostMultiple);
+}
+void restrict_to_multiples(float unit, GroupScale& s) {
+  if (unit == 0.0f) return;
+  const float wanted = s.scale / unit;
+  const float nearest = (std::fabs(wanted) + kRoundMagic) - kRoundMagic;
+  const float above = nearest > 1.0f ? nearest : 1.0f;  // also the answer for NaN
+  const float multiple = std::fmin(above, static_cast<float>(kMostMultiple));
+  s.scale = (wanted < 0 ? -multiple : multiple) * unit;
+  s.inverse = 1.0f / s.scale;
+}
+
 // Adds the gradient of one group to dx; returns d loss / d scale.
 double group_gradient(const float* x, const float* g, int64_t count, const GroupScale& s,
                       float* dx) {
@@ -139,12 +153,29 @@ Var round_impl(const Var& x, const GroupRounding& rounding, const Var* clip, Rou
   TQ_CHECK(rounding.bits >= 2 && rounding.bits <= 8);
   const Groups groups(x.shape(), rounding.group);
   const float factor = clip ? clip->item() : rounding.clip;
+  std::vector<float> units;  // of each row
+  if (rounding.two_level) {
+    const Shape& shape = x.shape();
+    units.resize(static_cast<size_t>(shape.batch * shape.rows));
+    parallel_ranges(x.tape(), std::ssize(units), 2 * shape.cols, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        units[static_cast<size_t>(row)] =
+            unit_of_row(x.data() + row * shape.cols, shape.cols, rounding, factor);
+      }
+    });
+  }
+  const auto group_scale = [groups, rounding, factor, units = std::move(units)](const float* data,
+                                                                                int64_t i) {
+    GroupScale s = scale_of(data + groups.begin(i), groups.size(i), rounding, factor);
+    if (!units.empty()) restrict_to_multiples(units[static_cast<size_t>(i / groups.n_groups)], s);
+    return s;
+  };
   Tensor value = new_tensor(x.tape(), x.shape());
   parallel_ranges(x.tape(), groups.count, 8 * groups.group, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const float* from = x.data() + groups.begin(i);
       float* to = value.own() + groups.begin(i);
-      const GroupScale s = scale_of(from, groups.size(i), rounding, factor);
+      const GroupScale s = group_scale(x.data(), i);
       for (int64_t j = 0; j < groups.size(i); ++j)
         to[j] = s.scale * s.range.code(from[j] * s.inverse);
     }
@@ -157,7 +188,7 @@ Var round_impl(const Var& x, const GroupRounding& rounding, const Var* clip, Rou
     const double clip_gradient =
         ordered_sum(out.tape(), groups.count, 8 * groups.group, [&](int64_t i) {
           const int64_t at = groups.begin(i), size = groups.size(i);
-          const GroupScale s = scale_of(kept.data() + at, size, rounding, factor);
+          const GroupScale s = group_scale(kept.data(), i);
           const double ds = group_gradient(kept.data() + at, gradient.data() + at, size, s,
                                            dx ? dx + at : nullptr);
           if (dx && with_scale) {

@@ -18,6 +18,9 @@ struct GroupRounding {
   int64_t group = 64;  // columns
   ActCodes codes = ActCodes::kSymmetric;
   float clip = 1.0f;
+  // Scales of a row are whole multiples of one number (ActQuant). The gradient is that of scales
+  // without this restriction.
+  bool two_level = false;
 };
 
 enum class RoundGradient {

@@ -65,6 +65,8 @@ struct RoundJob {
   ActCodes act_codes;
   int8_t* codes;  // [count]
   float* scale;   // one
+  // Of a token with two-level scales (token_unit, ops.h): the scale becomes a whole multiple of it.
+  float unit = 0;
 };
 
 /// Softmax attention of `n_queries` queries over the keys of one span and one key head; partial

@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/matmul.h"
 #include "model/error.h"
@@ -168,8 +169,7 @@ class Plan {
     if (!linear.branch_a) return;
     float* h = arena_.take<float>(rows_ * linear.rank());
     add_product(first_, wide_, *linear.branch_a, weight.branch_a, input_, linear.act, h, false);
-    // The narrow input has groups of its own; clip belongs to x.
-    const ActQuant act = {linear.act.bits, linear.branch_b->group, 1.0f, linear.act.codes};
+    const ActQuant act = linear.act.narrow(linear.rank(), linear.branch_b->group);
     add_product(second_, narrow_, *linear.branch_b, weight.branch_b, h, act, out, true);
   }
 
@@ -186,16 +186,23 @@ class Plan {
 
   void run_roundings(const Kernels& kernels, std::vector<Rounding>& roundings) {
     for (Rounding& rounding : roundings) {
-      const int64_t n_groups = rounding.tokens.n_groups;
+      const RoundedTokens& tokens = rounding.tokens;
+      // Groups of one unit follow each other.
+      const int64_t together = rounding.act.two_level ? tokens.n_groups : 1;
 #pragma omp for schedule(static)
-      for (int64_t item = 0; item < rows_ * n_groups; ++item) {
-        round_group(kernels, rounding, item / n_groups, item % n_groups);
+      for (int64_t first = 0; first < rows_ * tokens.n_groups; first += together) {
+        const int64_t row = first / tokens.n_groups;
+        const float unit = token_unit(kernels, rounding.input + row * tokens.cols, tokens.cols,
+                                      rounding.act, tokens.codes + row * tokens.padded_cols);
+        for (int64_t item = first; item < first + together; ++item) {
+          round_group(kernels, rounding, row, item % tokens.n_groups, unit);
+        }
       }
     }
   }
 
   static void round_group(const Kernels& kernels, const Rounding& rounding, int64_t row,
-                          int64_t group) {
+                          int64_t group, float unit) {
     const RoundedTokens& tokens = rounding.tokens;
     const int64_t begin = group * tokens.group;
     const int64_t end = std::min(begin + tokens.group, tokens.cols);
@@ -203,7 +210,7 @@ class Plan {
     int8_t* codes = tokens.codes + row * tokens.padded_cols;
     float* scale = tokens.scales + row * tokens.n_groups + group;
     kernels.round({rounding.input + row * tokens.cols + begin, end - begin, rounding.act.bits,
-                   rounding.act.clip, rounding.act.codes, codes + begin, scale});
+                   rounding.act.clip, rounding.act.codes, codes + begin, scale, unit});
     for (int64_t col = end; col < padded_end; ++col) codes[col] = 0;
     for (const Offsets& offsets : rounding.offsets) {
       for (int64_t i = begin / offsets.inner; i * offsets.inner < padded_end; ++i) {
@@ -317,6 +324,14 @@ class Plan {
 
 }  // namespace
 
+float token_unit(const Kernels& kernels, const float* x, int64_t cols, const ActQuant& act,
+                 int8_t* codes) {
+  if (!act.two_level || act.bits == 8) return 0;
+  float largest = 0;
+  kernels.round({x, cols, act.bits, act.clip, act.codes, codes, &largest});
+  return std::fabs(largest) / static_cast<float>(kMostMultiple);
+}
+
 void expand_row(const Kernels& kernels, const Matrix& w, int64_t row, float* out) {
   if (!w.packed()) {
     matrix_row_f32(w, row, out);
@@ -345,7 +360,8 @@ CpuLinear::CpuLinear(const Linear& linear, int n_threads)
   if (!linear_.branch_a) return;
   if (linear_.branch_a->packed()) branch_a = pack_panels(*linear_.branch_a, act.group, n_threads);
   if (linear_.branch_b->packed()) {
-    branch_b = pack_panels(*linear_.branch_b, linear_.branch_b->group, n_threads);
+    branch_b = pack_panels(*linear_.branch_b,
+                           act.narrow(linear_.rank(), linear_.branch_b->group).group, n_threads);
   }
 }
 

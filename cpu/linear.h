@@ -15,6 +15,11 @@ namespace tq {
 
 /// A linear as the CPU runs it. Dense matrices stay where they are; packed ones are repacked when
 /// their input is rounded, and read from the file's layout when it is not (act.bits = 16).
+/// The number that a token's two-level scales are multiples of (ActQuant); 0 where the rounding has
+/// none. codes [cols]: room to work in.
+float token_unit(const Kernels& kernels, const float* x, int64_t cols, const ActQuant& act,
+                 int8_t* codes);
+
 class CpuLinear : public PreparedLinear {
  public:
   CpuLinear(const Linear& linear, int n_threads);

@@ -9,6 +9,7 @@
 
 #include "cpu/exp_constants.h"
 #include "cpu/kernels.h"
+#include "model/act_codes.h"
 
 namespace tq {
 namespace {
@@ -24,7 +25,7 @@ struct GroupReach {
   float above = 0, below = 0;  // the greatest x and -x, not below 0 (asymmetric codes)
 };
 
-RoundScale round_scale(const RoundJob& job, const GroupReach& reach) {
+RoundScale free_scale(const RoundJob& job, const GroupReach& reach) {
   const float half = static_cast<float>(1 << (job.bits - 1)), largest = reach.largest;
   if (job.act_codes == ActCodes::kAsymmetric) {
     const float steps = 2 * half - 1, below = reach.below * job.clip;
@@ -45,6 +46,18 @@ RoundScale round_scale(const RoundJob& job, const GroupReach& reach) {
     ++i;
   const float a = job.x[i] * job.clip;
   return {-a / half, a < 0 || a > 0 ? half / -a : 0.0f, -half, half - 1};
+}
+
+RoundScale round_scale(const RoundJob& job, const GroupReach& reach) {
+  RoundScale by = free_scale(job, reach);
+  if (job.unit == 0) return by;
+  const float wanted = by.scale / job.unit;
+  float multiple = ((wanted < 0 ? -wanted : wanted) + kRoundMagic) - kRoundMagic;
+  multiple = multiple > 1 ? multiple : 1.0f;
+  if (multiple > kMostMultiple) multiple = kMostMultiple;
+  by.scale = (wanted < 0 ? -multiple : multiple) * job.unit;
+  by.inverse = 1 / by.scale;
+  return by;
 }
 
 }  // namespace

@@ -16,4 +16,8 @@ enum class ActCodes : uint8_t {
                // -z .. 2^bits - 1 - z with z of the group; 3 and 4 bits, where |code| <= 15
 };
 
+/// Of two-level scales (ActQuant; quant/rounding.h): the finest scale is a fifteenth of the
+/// largest. Codes of -8..7 times a multiple fit a byte.
+constexpr int kMostMultiple = 15;
+
 }  // namespace tq

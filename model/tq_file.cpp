@@ -98,10 +98,14 @@ void TqWriter::add_linear(const std::string& name, const Linear& linear, bool ti
     if (linear.act.codes == ActCodes::kAll) json["act"]["full_range"] = true;
     if (linear.act.codes == ActCodes::kAsymmetric) {
       json["act"]["asymmetric"] = true;
-      version_ = 3;
+      version_ = std::max(version_, 3u);
     }
     const int64_t group = linear.act.group;
-    if (group != 32 && group != 64 && group != 128) version_ = 3;
+    if (group != 32 && group != 64 && group != 128) version_ = std::max(version_, 3u);
+    if (linear.act.two_level) {
+      json["act"]["two_level"] = true;
+      version_ = 4;
+    }
   }
   linears_[name] = std::move(json);
 }

@@ -372,7 +372,8 @@ class Reader {
   }
 
   ActQuant act(const Json& json, const std::string& name, int64_t cols) {
-    only_keys(json, name + ".act", {"bits", "group", "clip", "full_range", "asymmetric"});
+    only_keys(json, name + ".act",
+              {"bits", "group", "clip", "full_range", "asymmetric", "two_level"});
     ActQuant act;
     act.bits = static_cast<int>(require_int(json, "bits", 3, 16, path_));
     if (act.bits == 16) return act;
@@ -383,6 +384,12 @@ class Reader {
     if (asymmetric && (full_range || act.bits == 8)) {
       throw bad(path_, name + ": asymmetric codes " +
                            (full_range ? "contradict full_range" : "of 8 bits do not fit a byte"));
+    }
+    act.two_level = optional_bool(json, "two_level", false, path_);
+    if (act.two_level && (asymmetric || (act.bits == 8 && act.group != cols))) {
+      throw bad(path_, name + ": two-level scales " +
+                           (asymmetric ? "contradict asymmetric codes"
+                                       : "of 8 bits need one group a token"));
     }
     if (full_range) act.codes = ActCodes::kAll;
     if (asymmetric) act.codes = ActCodes::kAsymmetric;

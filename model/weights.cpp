@@ -44,6 +44,10 @@ int64_t Matrix::row_bytes() const {
   return 0;
 }
 
+ActQuant ActQuant::narrow(int64_t rank, int64_t b_group) const {
+  return {bits, two_level && bits == 8 ? rank : b_group, 1.0f, codes, two_level};
+}
+
 size_t Linear::n_bytes() const {
   size_t bytes = weight.n_bytes();
   if (branch_a) bytes += branch_a->n_bytes() + branch_b->n_bytes();

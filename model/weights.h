@@ -78,6 +78,13 @@ struct ActQuant {
       64;  // columns per scale, a multiple of 32 or whole rows; need not be the weight's
   float clip = 1.0f;
   ActCodes codes = ActCodes::kSymmetric;
+  // 3 and 4 bits: the scales of a token are whole multiples, 1 to kMostMultiple, of one of its own;
+  // 8 bits: it has one scale. Either way scale * code is one number of the token times an integer
+  // of a byte.
+  bool two_level = false;
+  /// How x' A^T is rounded for a packed B [out, rank] with groups of `group` columns: clip belongs
+  /// to x.
+  ActQuant narrow(int64_t rank, int64_t group) const;
   bool operator==(const ActQuant&) const = default;
 };
 

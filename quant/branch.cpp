@@ -67,14 +67,12 @@ void balance_branch(LowRank& factors, const MatrixRM& narrow, int threads) {
 FittedBranch round_branch(const LowRank& factors, const FloatMatrix& target, const SiteStats& stats,
                           const GptqFactor& factor, const BranchSpec& spec) {
   FittedBranch result;
-  const RoundingSpec rounding{spec.bits, spec.group};
+  const RoundingSpec rounding{spec.bits, spec.group, spec.two_level};
   result.a = round_matrix(factors.a, rounding, &factor, spec.threads).matrix;
 
   // The narrow input as the runtime will round it: groups of B, no clip (cpu/linear.cpp).
   FloatMatrix h = product_nt(stats.rounded(), to_float_matrix(result.a.view()), spec.threads);
-  ActQuant act = stats.act();
-  act.group = spec.group;
-  act.clip = 1.0f;
+  const ActQuant act = stats.act().narrow(h.cols, spec.group);
   const FloatMatrix unrounded = h;
   round_tokens(unrounded.data.data(), h.rows, h.cols, act, h.data.data(), spec.threads);
   Gram gram(h.cols);

@@ -26,6 +26,7 @@ struct BranchSpec {
   int64_t rank;
   int bits;       // of the factors: 4 or 8
   int64_t group;  // columns per scale
+  bool two_level;
   int threads;
 };
 

@@ -36,9 +36,9 @@ MatrixRM orthonormal_basis(const MatrixRM& m) {
   return qr.householderQ() * MatrixRM::Identity(m.rows(), m.cols());
 }
 
-OwnedMatrix store_factor(const FloatMatrix& w, int bits, int64_t group) {
-  if (bits == 16) return store_dense(w.data, w.rows, w.cols, choose_16_bit(w.data));
-  return round_matrix(w, {bits, group}, nullptr, 1).matrix;
+OwnedMatrix store_factor(const FloatMatrix& w, const RoundingSpec& branch) {
+  if (branch.bits == 16) return store_dense(w.data, w.rows, w.cols, choose_16_bit(w.data));
+  return round_matrix(w, branch, nullptr, 1).matrix;
 }
 
 }  // namespace
@@ -69,11 +69,11 @@ FloatMatrix subtract_product(const FloatMatrix& w, const FloatMatrix& b, const F
   return from_eigen(to_eigen(w) - to_eigen(b) * to_eigen(a));
 }
 
-Decomposed decompose(const FloatMatrix& w, int64_t rank, int branch_bits, int64_t group) {
+Decomposed decompose(const FloatMatrix& w, int64_t rank, const RoundingSpec& branch) {
   const LowRank factors = truncated_svd(w, rank);
   Decomposed result;
-  result.a = store_factor(factors.a, branch_bits, group);
-  result.b = store_factor(factors.b, branch_bits, group);
+  result.a = store_factor(factors.a, branch);
+  result.b = store_factor(factors.b, branch);
   result.residual =
       subtract_product(w, to_float_matrix(result.b.view()), to_float_matrix(result.a.view()));
   return result;

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "quant/owned.h"
+#include "quant/rounding.h"
 
 namespace tq {
 
@@ -27,8 +28,8 @@ struct Decomposed {
   FloatMatrix residual;  // w - stored(b) stored(a)
 };
 
-/// Splits w. branch_bits: 16 (f16), 8 or 4 (packed with `group` columns per scale).
-Decomposed decompose(const FloatMatrix& w, int64_t rank, int branch_bits, int64_t group);
+/// Splits w. branch: how the factors are stored; 16 bits: f16.
+Decomposed decompose(const FloatMatrix& w, int64_t rank, const RoundingSpec& branch);
 
 /// w - b a, in f64, rounded once.
 FloatMatrix subtract_product(const FloatMatrix& w, const FloatMatrix& b, const FloatMatrix& a);

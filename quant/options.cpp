@@ -128,6 +128,27 @@ QuantizeOptions method_preset(const std::string& method) {
   usage("--method " + method + " does not exist", "methods: " + method_names());
 }
 
+namespace {
+
+void check_two_level(const QuantizeOptions& options) {
+  if (options.bits_w != 4 && options.bits_w != 3) {
+    usage("--two-level contradicts --bits-w " + std::to_string(options.bits_w),
+          "multiples of wider codes do not fit a byte");
+  }
+  if (options.rank > 0 && options.branch_bits == 8) {
+    usage("--two-level contradicts --branch-bits 8", "4 or 16");
+  }
+  if (options.act_codes == ActCodes::kAsymmetric) {
+    usage("--two-level contradicts --act-codes asymmetric",
+          "multiples of its codes do not fit a byte");
+  }
+  if (options.group_a == kTokenGroups) {
+    usage("--two-level contradicts --group-a token", "multiples need groups");
+  }
+}
+
+}  // namespace
+
 void check_options(const QuantizeOptions& options, const Config& config) {
   const bool rounds = options.rounding != RoundingKind::kStore;
   if (rounds != (options.bits_w < 16)) {
@@ -144,6 +165,7 @@ void check_options(const QuantizeOptions& options, const Config& config) {
     usage("--act-codes asymmetric contradicts --bits-a " + std::to_string(options.bits_a),
           "give --bits-a 4 or 3; wider codes, shifted by their zero point, do not fit a byte");
   }
+  if (options.two_level) check_two_level(options);
   if (options.group_a == kTokenGroups && config.head_dim % 32 != 0) {
     usage("--group-a token needs heads whose size is a multiple of 32",
           "this model's have " + std::to_string(config.head_dim) + " columns");
@@ -203,6 +225,7 @@ Json describe_options(const QuantizeOptions& options) {
   json["group_a"] = options.group_a == kTokenGroups ? Json("token") : Json(options.group_a);
   json["full_range"] = options.act_codes == ActCodes::kAll;
   if (options.act_codes == ActCodes::kAsymmetric) json["asymmetric"] = true;
+  if (options.two_level) json["two_level"] = true;
   json["rank"] = options.rank;
   if (options.rank > 0) {
     json["split"] = options.split == Split::kFit ? "fit" : "svd";
@@ -226,10 +249,11 @@ Json describe_options(const QuantizeOptions& options) {
 }
 
 int64_t input_group(const QuantizeOptions& options, const Config& config, Site site) {
-  if (options.group_a != kTokenGroups) return options.group_a;
+  const bool one_scale = options.two_level && options.bits_a == 8;
+  if (options.group_a != kTokenGroups && !one_scale) return options.group_a;
   switch (site) {
     case Site::kAttnOut:
-      return config.head_dim;
+      return one_scale ? config.q_dim() : config.head_dim;
     case Site::kFfnMid:
       return config.hidden_dim;
     default:

@@ -54,6 +54,9 @@ struct QuantizeOptions {
   int64_t group = 64;    // columns per scale of the weights: 32, 64 or 128
   int64_t group_a = 64;  // columns per scale of the inputs, or kTokenGroups
   ActCodes act_codes = ActCodes::kSymmetric;  // of the inputs; for all codes clips are searched
+  // A row's scales are whole multiples of one number (rounding.h), those of inputs of one of the
+  // token (ActQuant): products need no other arithmetic than that of integers.
+  bool two_level = false;
   // 4, 8, 16, or 32 (an f32 source stays f32). Equal for tied embeddings: the file holds one table.
   int embed_bits = 16, head_bits = 16;
   int kv_bits = 16;  // of the KV cache, unless who runs the model asks for others: 16, 8 or 4

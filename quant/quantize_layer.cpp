@@ -45,8 +45,9 @@ struct Inputs {
 // W ~ B A + R, all three rounded: the branch is given or fitted, R takes what it leaves.
 int64_t round_with_branch(const FloatMatrix& target, const LowRank* given, const Inputs& inputs,
                           const QuantizeOptions& options, OwnedLinear& out) {
-  const RoundingSpec spec{options.bits_w, options.group};
-  const BranchSpec branch_spec{options.rank, options.branch_bits, options.group, options.threads};
+  const RoundingSpec spec{options.bits_w, options.group, options.two_level};
+  const BranchSpec branch_spec{options.rank, options.branch_bits, options.group, options.two_level,
+                               options.threads};
   const auto round_rest = [&](const FittedBranch& branch) {
     FloatMatrix rest = target;
     subtract(rest, branch.seen);
@@ -87,12 +88,14 @@ int64_t store_linear(const FloatMatrix& target, const LinearPlan& plan,
     out.act = inputs.stats->act();
   } else {
     out.act.codes = options.act_codes;
+    out.act.two_level = options.two_level;
   }
   if (options.rounds_branch()) return round_with_branch(target, given, inputs, options, out);
-  const RoundingSpec spec{options.bits_w, options.group};
+  const RoundingSpec spec{options.bits_w, options.group, options.two_level};
   Rounded rounded;
   if (options.rank > 0) {
-    Decomposed split = decompose(target, options.rank, options.branch_bits, options.group);
+    Decomposed split =
+        decompose(target, options.rank, {options.branch_bits, options.group, options.two_level});
     rounded = round_matrix(split.residual, spec, inputs.factor, options.threads);
     out.branch_a = std::move(split.a);
     out.branch_b = std::move(split.b);

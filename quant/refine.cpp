@@ -14,6 +14,8 @@
 #include "model/error.h"
 #include "quant/rng.h"
 #include "quant/rotation.h"
+#include "quant/rounded_layer.h"
+#include "quant/rounding.h"
 
 namespace tq {
 namespace {
@@ -27,38 +29,64 @@ constexpr double kRate = 0.004, kFirstDecay = 0.9, kSecondDecay = 0.95, kWarmUp 
 constexpr int64_t kJudges = 4;
 constexpr uint64_t kOrder = 4u << 20;  // stream of random numbers
 
-// The scales of one packed matrix, with Adam's moments.
+// The scales of one packed matrix. What Adam moves are their logarithms, or, where they are
+// two-level, those of the units: a row's scales move together then, in steps of 7 bits.
 struct Scales {
-  explicit Scales(OwnedMatrix& matrix) : matrix(matrix) {
+  Scales(OwnedMatrix& matrix, bool two_level)
+      : matrix(matrix), two_level(two_level), n_together(two_level ? matrix.view().n_groups() : 1) {
     for (uint16_t bits : matrix.scales) values.push_back(f16_to_f32(bits));
     gradient.resize(values.size());
-    first.resize(values.size());
-    second.resize(values.size());
+    const size_t n_moved = values.size() / static_cast<size_t>(n_together);
+    first.resize(n_moved);
+    second.resize(n_moved);
+    if (!two_level) return;
+    for (size_t row = 0; row < n_moved; ++row) {
+      const auto scales = std::span(values).subspan(row * together(), together());
+      units.push_back(common_unit(scales));
+      for (float scale : scales) multiples.push_back(scale / units.back());
+    }
   }
   Var on(Tape& tape) {
     const Matrix view = matrix.view();
     return scale_codes(
         view, tape.parameter({1, view.rows, view.n_groups()}, values.data(), gradient.data()));
   }
-  // Adam in the logarithm of the scale, whose gradient is value * gradient.
+  // The gradient of a logarithm is value * gradient.
   void step(double rate, int64_t t) {
     const double first_bias = 1.0 - std::pow(kFirstDecay, static_cast<double>(t));
     const double second_bias = 1.0 - std::pow(kSecondDecay, static_cast<double>(t));
-    for (size_t i = 0; i < values.size(); ++i) {
-      const double g = double{gradient[i]} * double{values[i]};
+    for (size_t i = 0; i < first.size(); ++i) {
+      double g = 0;
+      for (size_t j = i * together(); j < (i + 1) * together(); ++j) {
+        g += double{gradient[j]} * double{values[j]};
+        gradient[j] = 0;
+      }
       first[i] = static_cast<float>(kFirstDecay * double{first[i]} + (1 - kFirstDecay) * g);
       second[i] = static_cast<float>(kSecondDecay * double{second[i]} + (1 - kSecondDecay) * g * g);
       const double length = std::sqrt(double{second[i]} / second_bias) + 1e-12;
-      values[i] *= static_cast<float>(1.0 - rate * (double{first[i]} / first_bias) / length);
-      gradient[i] = 0;
+      const float factor =
+          static_cast<float>(1.0 - rate * (double{first[i]} / first_bias) / length);
+      if (!two_level) {
+        values[i] *= factor;
+        continue;
+      }
+      units[i] *= factor;
+      const float unit = round_unit(units[i]);
+      for (size_t j = i * together(); j < (i + 1) * together(); ++j) {
+        values[j] = unit * multiples[j];
+      }
     }
   }
   void store() {
     for (size_t i = 0; i < values.size(); ++i) matrix.scales[i] = f32_to_f16(values[i]);
   }
+  size_t together() const { return static_cast<size_t>(n_together); }
 
   OwnedMatrix& matrix;
+  bool two_level;
+  int64_t n_together;  // scales that move as one
   std::vector<float> values, gradient, first, second;
+  std::vector<float> units, multiples;  // two-level: of rows, of groups
 };
 
 // A stored matrix as an operand: trained scales, or fixed values where it is not packed.
@@ -162,7 +190,7 @@ class Student {
   Weight make_weight(OwnedMatrix& matrix) {
     Weight weight;
     if (matrix.view().packed()) {
-      weight.scales = &scales_.emplace_back(matrix);
+      weight.scales = &scales_.emplace_back(matrix, options_.two_level);
     } else {
       weight.fixed = to_float_matrix(matrix.view());
     }
@@ -205,18 +233,13 @@ class Student {
     // A dense branch reads the input unrounded (docs/format.md).
     const bool packed = linear.branch_a->view().packed();
     Var h = matmul_nt(packed ? rounded : x, student.branch_a.on(tape));
-    if (packed) {
-      ActQuant act = linear.act;
-      act.group = linear.branch_b->group;
-      act.clip = 1.0f;
-      h = round_input(h, act);
-    }
+    if (packed) h = round_input(h, linear.act.narrow(h.shape().cols, linear.branch_b->group));
     return add(y, matmul_nt(h, student.branch_b.on(tape)));
   }
 
   static Var round_input(const Var& x, const ActQuant& act) {
     if (act.bits >= 16) return x;
-    return round_groups(x, {act.bits, act.group, act.codes, act.clip});
+    return round_groups(x, rounding_of(act));
   }
 
   static Var gained(const Var& x, const std::vector<float>& gain) {

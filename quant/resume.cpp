@@ -118,7 +118,7 @@ Json write_linear(LayerWriter& writer, const OwnedLinear& linear) {
   }
   json["transformed"] = linear.input.active();
   json["act"] = {linear.act.bits, linear.act.group, linear.act.clip,
-                 static_cast<int>(linear.act.codes)};
+                 static_cast<int>(linear.act.codes), linear.act.two_level};
   return json;
 }
 
@@ -149,6 +149,7 @@ OwnedLinear read_linear(LayerReader& reader, const Json& json, const Transform& 
   linear.act.group = json.at("act").at(1).get<int64_t>();
   linear.act.clip = json.at("act").at(2).get<float>();
   linear.act.codes = static_cast<ActCodes>(json.at("act").at(3).get<int>());
+  linear.act.two_level = json.at("act").at(4).get<bool>();
   return linear;
 }
 

@@ -22,6 +22,10 @@ Var unfold_right(const Var& y, const Var& q) {
 
 }  // namespace
 
+GroupRounding rounding_of(const ActQuant& act) {
+  return {act.bits, act.group, act.codes, act.clip, act.two_level && act.bits < 8};
+}
+
 LayerContext::LayerContext(const Config& config, const Transform& down)
     : config(config), down(down) {
   rope.inv_freq = rope_inv_freq(config.rope, config.head_dim);
@@ -39,7 +43,9 @@ RoundedLayer::RoundedLayer(Tape& tape, const FloatLayer& layer, const LayerBases
                        kWeightClip},
       branch_rounding_{std::min(options.branch_bits, 8), options.group, ActCodes::kSymmetric,
                        kWeightClip},
-      narrow_rounding_{options.bits_a, options.group, options.act_codes, 1.0f} {
+      narrow_rounding_(rounding_of(ActQuant{
+          .bits = options.bits_a, .codes = options.act_codes, .two_level = options.two_level}
+                                       .narrow(options.rank, options.group))) {
   for (int i = 0; i < 4; ++i) {
     input_rounding_[i] = narrow_rounding_;
     input_rounding_[i].group = input_group(options, context.config, static_cast<Site>(i));

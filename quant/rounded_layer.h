@@ -15,6 +15,9 @@
 
 namespace tq {
 
+/// The rounding of inputs as the tape does it.
+GroupRounding rounding_of(const ActQuant& act);
+
 /// An orthogonal matrix as the tape sees it, and where its gradient is summed.
 struct BasisLeaf {
   const FloatMatrix* matrix = nullptr;

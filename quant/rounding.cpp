@@ -1,8 +1,9 @@
 // rounding - the column walk of RTN and GPTQ. See rounding.h; read round_strips() first.
 #include "quant/rounding.h"
 
+#include <algorithm>
 #include <cmath>
-#include <span>
+#include <numeric>
 
 #include "model/error.h"
 #include "quant/gptq.h"
@@ -36,9 +37,11 @@ inline void clamp_and_round(Lanes& x, const CodeRange& range) {
   x = (x + kRoundMagic) - kRoundMagic;
 }
 
-// Scale per lane for `width` columns: the least squared error over the grid. Continuous here; the
-// caller rounds it to f16, which moves it by at most 2^-11 of itself.
-TQ_CLONES void search_scales(const float* columns, int64_t width, CodeRange range, float* scales) {
+// Scale per lane for `width` columns: the least squared error over a grid: shrunken ranges, or
+// whole multiples of `units`. The former are continuous; the caller rounds them to f16, which moves
+// them by at most 2^-11 of themselves.
+TQ_CLONES void search_scales(const float* columns, int64_t width, CodeRange range,
+                             const float* units, float* scales) {
   const Lanes* w = reinterpret_cast<const Lanes*>(columns);
   Lanes largest = {};
   for (int64_t col = 0; col < width; ++col) {
@@ -47,8 +50,12 @@ TQ_CLONES void search_scales(const float* columns, int64_t width, CodeRange rang
     largest = negated > largest ? negated : largest;
   }
   Lanes best_scale = largest / range.high, best_error = Lanes{} + INFINITY;
-  for (int step = 0; step < kGridSteps; ++step) {
-    const Lanes scale = largest * ((1.0f - kGridStep * static_cast<float>(step)) / range.high);
+  const Lanes unit = units ? *reinterpret_cast<const Lanes*>(units) : Lanes{};
+  const int n_steps = units ? kMostMultiple : kGridSteps;
+  for (int step = 0; step < n_steps; ++step) {
+    const Lanes scale =
+        units ? unit * static_cast<float>(step + 1)
+              : largest * ((1.0f - kGridStep * static_cast<float>(step)) / range.high);
     const Lanes inverse = 1.0f / scale;
     Lanes error = {};
     for (int64_t col = 0; col < width; ++col) {
@@ -101,21 +108,46 @@ TQ_CLONES void propagate(float* columns, int64_t first, int64_t last, const floa
 
 struct StripBuffers {
   explicit StripBuffers(int64_t cols, int64_t n_groups)
-      : columns(bytes(cols)), codes(bytes(cols)), scales(bytes(n_groups)), errors(bytes(kBlock)) {}
+      : columns(bytes(cols)),
+        codes(bytes(cols)),
+        scales(bytes(n_groups)),
+        errors(bytes(kBlock)),
+        units(bytes(1)) {}
   static size_t bytes(int64_t n) { return static_cast<size_t>(n * kStripRows) * sizeof(float); }
   AlignedBuffer columns;  // [cols][16] weights; rounding errors once a column is done
   AlignedBuffer codes;    // [cols][16] integers as f32
   AlignedBuffer scales;   // [n_groups][16] f16 values as f32
   AlignedBuffer errors;   // [kBlock][16] rounding error / U_ii of the current block
+  AlignedBuffer units;    // [16] what two-level scales are multiples of
 };
 
-void find_group_scales(const float* columns, int64_t width, CodeRange range, float* scales) {
-  search_scales(columns, width, range, scales);
+// units: null where any scale will do.
+void find_group_scales(const float* columns, int64_t width, CodeRange range, const float* units,
+                       float* scales) {
+  search_scales(columns, width, range, units, scales);
+  if (units) return;
   for (int64_t lane = 0; lane < kStripRows; ++lane) {
     float& scale = scales[lane];
     // An all-zero group has no scale of its own; any positive one represents it exactly.
     if (!(scale > 0)) scale = 1.0f;
     scale = f16_to_f32(f32_to_f16(std::clamp(scale, kSmallestScale, kLargestScale)));
+  }
+}
+
+// A unit for each row of the strip, from the scales that its groups would have as they stand.
+void find_units(const RoundingSpec& spec, CodeRange range, int64_t cols, StripBuffers& buffers) {
+  float* units = buffers.units.as<float>();
+  alignas(sizeof(Lanes)) float scales[kStripRows];
+  std::fill_n(units, kStripRows, 0.0f);
+  for (int64_t col = 0; col < cols; col += spec.group) {
+    search_scales(buffers.columns.as<float>() + col * kStripRows, std::min(spec.group, cols - col),
+                  range, nullptr, scales);  // 0 for a group of zeros
+    for (int64_t lane = 0; lane < kStripRows; ++lane) {
+      units[lane] = std::max(units[lane], scales[lane]);
+    }
+  }
+  for (int64_t lane = 0; lane < kStripRows; ++lane) {
+    units[lane] = round_unit(units[lane] / kMostMultiple);
   }
 }
 
@@ -130,7 +162,8 @@ int64_t round_block(int64_t begin, int64_t end, int64_t cols, int64_t n_lanes,
     float* scales = buffers.scales.as<float>() + col / spec.group * kStripRows;
     float* column = columns + col * kStripRows;
     if (col % spec.group == 0) {
-      find_group_scales(column, std::min(spec.group, cols - col), range, scales);
+      find_group_scales(column, std::min(spec.group, cols - col), range,
+                        spec.two_level ? buffers.units.as<float>() : nullptr, scales);
     }
     round_column(column, scales, range, buffers.codes.as<float>() + col * kStripRows);
     for (int64_t lane = 0; lane < n_lanes; ++lane) {
@@ -200,9 +233,23 @@ void store_strip(const StripBuffers& buffers, const std::vector<int64_t>& positi
 
 }  // namespace
 
+float round_unit(float unit) {
+  unit = std::clamp(unit, kSmallestScale, kLargestScale / (kMostMultiple + 1));
+  int exponent;
+  const float fraction = std::frexp(unit, &exponent);  // 0.5 <= fraction < 1
+  const float rounded = std::ldexp(std::nearbyint(std::ldexp(fraction, 7)), exponent - 7);
+  return f16_to_f32(f32_to_f16(rounded));  // below 2^-14 f16 is coarser
+}
+
+float common_unit(std::span<const float> scales) {
+  int64_t unit = 0;  // in steps of 2^-24, whose whole multiples all f16 numbers are
+  for (float scale : scales) unit = std::gcd(unit, static_cast<int64_t>(std::ldexp(scale, 24)));
+  return std::ldexp(static_cast<float>(unit), -24);
+}
+
 Rounded round_matrix(const FloatMatrix& w, const RoundingSpec& spec, const GptqFactor* factor,
                      int threads) {
-  TQ_CHECK(spec.bits == 3 || spec.bits == 4 || spec.bits == 8);
+  TQ_CHECK(spec.bits == 3 || spec.bits == 4 || (spec.bits == 8 && !spec.two_level));
   TQ_CHECK(spec.group > 0 && kBlock % spec.group == 0);
   TQ_CHECK(!factor || factor->n == w.cols);
   const float half = static_cast<float>(1 << (spec.bits - 1));
@@ -231,6 +278,7 @@ Rounded round_matrix(const FloatMatrix& w, const RoundingSpec& spec, const GptqF
       const std::span strips(buffers.data(), static_cast<size_t>(std::min(together, all - first)));
       for (size_t i = 0; i < strips.size(); ++i) {
         load_strip(w, first + static_cast<int64_t>(i), column, strips[i].columns.as<float>());
+        if (spec.two_level) find_units(spec, range, w.cols, strips[i]);
       }
       n_clipped += round_strips(w.cols, w.rows - first * kStripRows, spec, range, factor, strips);
       for (size_t i = 0; i < strips.size(); ++i) {

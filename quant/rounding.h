@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "quant/owned.h"
 
@@ -19,7 +20,16 @@ struct RoundingSpec {
   int bits = 4;  // 3, 4 or 8
   int64_t group =
       64;  // columns per scale: a multiple of 32 that divides 128; the last may be short
+  // 3 and 4 bits: a row's scales are whole multiples, 1 to kMostMultiple, of one f16 number of 7
+  // significant bits, so that they are f16 numbers themselves and the row is one number times
+  // integers of a byte. (As K-quants of llama.cpp and QServe, Lin et al. 2024, have them.)
+  bool two_level = false;
 };
+
+/// The unit nearest to a number: an f16 number of 7 significant bits.
+float round_unit(float unit);
+/// The largest number that f16 scales are whole multiples of, for example a row's two-level ones.
+float common_unit(std::span<const float> scales);
 
 struct Rounded {
   OwnedMatrix matrix;

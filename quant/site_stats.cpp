@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/kernels.h"
+#include "cpu/linear.h"
 
 namespace tq {
 namespace {
@@ -24,13 +24,14 @@ void round_tokens(const float* x, int64_t rows, int64_t cols, const ActQuant& ac
   const int64_t group = std::min(act.group, cols);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<int8_t> codes(static_cast<size_t>(group));
+    std::vector<int8_t> codes(static_cast<size_t>(cols));
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
+      const float unit = token_unit(kernels, x + row * cols, cols, act, codes.data());
       for (int64_t col = 0; col < cols; col += group) {
         const int64_t count = std::min(group, cols - col), at = row * cols + col;
         float scale = 0;
-        kernels.round({x + at, count, act.bits, act.clip, act.codes, codes.data(), &scale});
+        kernels.round({x + at, count, act.bits, act.clip, act.codes, codes.data(), &scale, unit});
         for (int64_t i = 0; i < count; ++i) {
           out[at + i] = scale * static_cast<float>(codes[static_cast<size_t>(i)]);
         }
@@ -68,6 +69,7 @@ SiteStats::SiteStats(int64_t n, int64_t group, const QuantizeOptions& options)
   act_.bits = options.bits_a;
   act_.group = group;
   act_.codes = options.act_codes;
+  act_.two_level = options.two_level;
   if (corrects_) drift_ = {n, n, std::vector<float>(static_cast<size_t>(n * n))};
   if (fits_) rounded_ = {0, n, {}};
 }

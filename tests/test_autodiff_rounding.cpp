@@ -3,6 +3,7 @@
 
 #include "cpu/autodiff_rounding.h"
 #include "cpu/ops.h"
+#include "quant/site_stats.h"
 #include "tests/autodiff_cases.h"
 
 namespace tq {
@@ -61,6 +62,19 @@ TEST(RoundGroups, HandSizedCases) {
   // Half of the range: what lies outside becomes its end.
   EXPECT_EQ(rounded({7, 1, -1, -7}, {1, 1, 4}, {4, 4, ActCodes::kSymmetric, 0.5f}),
             (Floats{3.5f, 1, -1, -3.5f}));
+}
+
+TEST(RoundGroups, TwoLevelScalesAreTheRuntimes) {
+  const Floats x = random_floats(6 * 128, 3);
+  for (int bits : {3, 4}) {
+    for (ActCodes codes : {ActCodes::kSymmetric, ActCodes::kAll}) {
+      Floats expected(x.size());
+      round_tokens(x.data(), 6, 128, {bits, 32, 0.9f, codes, true}, expected.data(), 1);
+      EXPECT_EQ(rounded(x, {1, 6, 128}, {bits, 32, codes, 0.9f, true}), expected);
+      // It is another rounding than that with free scales.
+      EXPECT_NE(rounded(x, {1, 6, 128}, {bits, 32, codes, 0.9f}), expected);
+    }
+  }
 }
 
 // Codes, and what is inside the range, frozen at the inputs of the case: a smooth function with the

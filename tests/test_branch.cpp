@@ -110,7 +110,7 @@ TEST(FitBranch, BeatsTheSvdOfTheErrorOnCorrelatedInputs) {
   const SeenSite site(correlated_inputs(kTokens, 1));
   const FloatMatrix error = random_matrix(kOut, kIn, 8);  // a flat spectrum: only inputs matter
   const FittedBranch fitted = fit_branch(error, site.stats, site.factor, spec(4));
-  const Decomposed svd = decompose(error, kRank, 4, 64);
+  const Decomposed svd = decompose(error, kRank, {4, 64});
   EXPECT_LT(site.missing(error, fitted.a, fitted.b), 0.8 * site.missing(error, svd.a, svd.b));
 }
 

@@ -64,7 +64,7 @@ TEST(TruncatedSvd, FullRankReproducesTheMatrix) {
 TEST(Decompose, ResidualCompletesTheStoredFactors) {
   const FloatMatrix w = random_matrix(48, 64, 6);
   for (int bits : {16, 8, 4}) {
-    const Decomposed split = decompose(w, 8, bits, 32);
+    const Decomposed split = decompose(w, 8, {bits, 32});
     EXPECT_EQ(split.a.view().packed(), bits != 16);
     const FloatMatrix rest = subtract_product(split.residual, to_float_matrix(split.b.view()),
                                               to_float_matrix(split.a.view()));

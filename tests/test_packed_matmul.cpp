@@ -27,6 +27,7 @@ struct Shape {
   Storage branch = Storage::kQ4;
   int64_t branch_group = 32;
   ActCodes codes = ActCodes::kSymmetric;
+  bool two_level = false;
 };
 
 std::string describe(const Shape& s) {
@@ -35,14 +36,14 @@ std::string describe(const Shape& s) {
          std::to_string(static_cast<int>(s.storage)) + " A" + std::to_string(s.act_bits) +
          " rank " + std::to_string(s.rank) + " branch " +
          std::to_string(static_cast<int>(s.branch)) + " codes " +
-         std::to_string(static_cast<int>(s.codes));
+         std::to_string(static_cast<int>(s.codes)) + (s.two_level ? " two-level" : "");
 }
 
 std::unique_ptr<CaseLinear> make_linear(const Shape& s, uint32_t seed = 1) {
   auto linear = std::make_unique<CaseLinear>();
   linear->weight = CaseMatrix(s.storage, s.rows, s.cols, s.group, seed);
   linear->view.weight = linear->weight.view;
-  linear->view.act = {s.act_bits, s.act_group, 0.95f, s.codes};
+  linear->view.act = {s.act_bits, s.act_group, 0.95f, s.codes, s.two_level};
   if (s.rank > 0) {
     linear->branch_a = CaseMatrix(s.branch, s.rank, s.cols, s.group, seed + 1);
     linear->branch_b = CaseMatrix(s.branch, s.rows, s.rank, s.branch_group, seed + 2);
@@ -60,6 +61,8 @@ struct Rounded {
 Rounded round_reference(const float* x, int64_t cols, const ActQuant& act) {
   Rounded out;
   const float half = static_cast<float>(1 << (act.bits - 1)), qmax = half - 1;
+  float largest = 0;
+  for (int64_t i = 0; i < cols; ++i) largest = std::max(largest, std::fabs(x[i]));
   for (int64_t begin = 0; begin < cols; begin += act.group) {
     const int64_t end = std::min(cols, begin + act.group);
     const float* first = std::max_element(
@@ -75,12 +78,18 @@ Rounded round_reference(const float* x, int64_t cols, const ActQuant& act) {
       low = a != 0 ? -std::nearbyint(-least * (steps / a)) : 0;
     }
     const float high = act.codes == ActCodes::kAsymmetric ? low + steps : qmax;
-    const float inverse = a != 0 ? steps / a : 0;
+    float inverse = a != 0 ? steps / a : 0, scale = a / steps;
+    if (act.two_level && act.bits < 8 && largest != 0) {
+      const float unit = largest * act.clip / std::fabs(steps) / 15;
+      const float multiple = std::clamp(std::nearbyint(std::fabs(scale / unit)), 1.0f, 15.0f);
+      scale = std::copysign(multiple * unit, a == 0 ? 1.0f : scale);
+      inverse = 1 / scale;
+    }
     for (int64_t i = begin; i < end; ++i) {
       const float code = std::nearbyint(x[i] * inverse);
       out.codes.push_back(static_cast<int>(std::clamp(code, low, high)));
     }
-    out.scales.push_back(a / steps);
+    out.scales.push_back(scale);
   }
   return out;
 }
@@ -112,8 +121,10 @@ std::vector<float> linear_reference(const Linear& linear, const std::vector<floa
     for (int64_t r = 0; r < linear.rank(); ++r) {
       h.push_back(product_reference(rounded, linear.act, *linear.branch_a, r));
     }
-    const ActQuant h_act = {linear.act.bits, linear.rank() ? linear.branch_b->group : 1, 1.0f,
-                            linear.act.codes};
+    ActQuant h_act = linear.act;
+    h_act.clip = 1.0f;
+    h_act.group = linear.rank() ? linear.branch_b->group : 1;
+    if (linear.act.two_level && linear.act.bits == 8) h_act.group = linear.rank();
     const Rounded h_rounded = round_reference(h.data(), linear.rank(), h_act);
     for (int64_t row = 0; row < linear.out_dim(); ++row) {
       y.push_back(product_reference(rounded, linear.act, linear.weight, row));
@@ -154,6 +165,12 @@ std::vector<Shape> many_shapes() {
     if (shapes[i].act_bits == 8) continue;
     shapes.push_back(shapes[i]);
     shapes.back().codes = ActCodes::kAsymmetric;
+  }
+  for (size_t i = 0, count = shapes.size(); i < count; ++i) {
+    if (shapes[i].codes == ActCodes::kAsymmetric) continue;
+    shapes.push_back(shapes[i]);
+    shapes.back().two_level = true;
+    if (shapes[i].act_bits == 8) shapes.back().act_group = shapes[i].cols;
   }
   return shapes;
 }

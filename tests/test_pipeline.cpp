@@ -1,6 +1,7 @@
 // The quantizer as a whole: reproducible, resumable, exact about sizes, and refusing early.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
 
@@ -11,6 +12,7 @@
 #include "quant/preflight.h"
 #include "quant/quantize_layer.h"
 #include "quant/resume.h"
+#include "quant/rounding.h"
 #include "tests/temp_dir.h"
 #include "tests/tiny_model.h"
 #include "tokenizer/tokenizer.h"
@@ -163,6 +165,41 @@ TEST(Pipeline, GptqLowersTheOutputError) {
   for (size_t i = 0; i < kNLinears; ++i) {
     EXPECT_GT(*gptq[i].output_snr_db, *nearest[i].output_snr_db) << gptq[i].name;
     EXPECT_LT(gptq[i].weight_snr_db, nearest[i].weight_snr_db) << gptq[i].name;
+  }
+}
+
+TEST(Pipeline, TwoLevelScalesStayMultiplesThroughAllSteps) {
+  const TinyModel tiny(true, 1, Storage::kF32, TinyFamily::kLlama, 96);
+  for (QuantizeOptions options : learned_methods()) {
+    for (int bits_a : {4, 8}) {
+      options.two_level = true;
+      options.bits_a = bits_a;
+      options.group = options.group_a = 32;
+      check_options(options, tiny.model().config);
+      TempDir folder;
+      write_bytes(folder / "m.tq", run(tiny.model(), options).bytes);
+      const Model stored = load_tq_file(folder / "m.tq");
+      CpuBackend backend(2);
+      for (const NamedLinear& named : kLayerLinears) {
+        const Linear& linear = stored.layers[1].*named.member;
+        SCOPED_TRACE(std::string(options.method) + " " + named.name);
+        EXPECT_TRUE(linear.act.two_level);
+        EXPECT_EQ(linear.act.group, bits_a == 8 ? linear.in_dim() : 32);
+        for (const Matrix* m : {&linear.weight, linear.branch_a ? &*linear.branch_a : nullptr,
+                                linear.branch_b ? &*linear.branch_b : nullptr}) {
+          for (int64_t row = 0; m && row < m->rows; ++row) {
+            std::vector<float> scales;
+            for (int64_t i = 0; i < m->n_groups(); ++i) {
+              scales.push_back(f16_to_f32(m->scales[row * m->n_groups() + i]));
+              ASSERT_GT(scales.back(), 0);
+            }
+            ASSERT_LE(*std::max_element(scales.begin(), scales.end()) / common_unit(scales),
+                      kMostMultiple);
+          }
+        }
+        EXPECT_NO_THROW(backend.prepare(linear));
+      }
+    }
   }
 }
 
@@ -406,7 +443,7 @@ TEST(Resume, SkipsAndRoundingOfInputsSurvive) {
   QuantizedLayer layer;
   layer.reports.resize(kNLinears);
   const std::vector<float> values = {1, -2, 3, 4, 5, 6};
-  layer.layer.linears[kWo].act = {3, 32, 0.5f, ActCodes::kAsymmetric};
+  layer.layer.linears[kWo].act = {3, 32, 0.5f, ActCodes::kAll, true};
   layer.layer.ffn_skip = {store_dense(values, 2, 3, Storage::kF32),
                           store_dense(values, 3, 2, Storage::kF16)};
   store.save(0, layer);
@@ -515,6 +552,11 @@ TEST(Preflight, OutputPathsAreRefusedBeforeWork) {
   error_of(ErrorKind::kResource, [&] { check_memory(uint64_t{1} << 62); });
 }
 
+QuantizeOptions with_two_level(QuantizeOptions options) {
+  options.two_level = true;
+  return options;
+}
+
 TEST(Options, ContradictionsAreUsageErrors) {
   const TinyModel tied(true);
   const Config& config = tied.model().config;
@@ -533,6 +575,13 @@ TEST(Options, ContradictionsAreUsageErrors) {
   refused([](QuantizeOptions& o) { o.group_a = kTokenGroups; });             // heads of 48
   refused([](QuantizeOptions& o) { o.loss = LearningLoss::kCrossEntropy, o.calib_length = 1; },
           "spinquant");
+  EXPECT_NO_THROW(check_options(with_two_level(method_preset("twinquant")), config));
+  refused([](QuantizeOptions& o) { o = with_two_level(o), o.bits_w = 8; });
+  refused([](QuantizeOptions& o) { o = with_two_level(o), o.group_a = kTokenGroups; });
+  refused([](QuantizeOptions& o) { o = with_two_level(o), o.branch_bits = 8; }, "twinquant");
+  refused([](QuantizeOptions& o) {
+    o = with_two_level(o), o.bits_a = 4, o.act_codes = ActCodes::kAsymmetric;
+  });
   refused([](QuantizeOptions& o) { o.bits_a = 8; }, "none");
   EXPECT_NO_THROW(check_options(method_preset("twinquant"), config));
   EXPECT_NO_THROW(check_options(method_preset("respinquant"), config));

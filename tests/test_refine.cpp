@@ -166,6 +166,12 @@ TEST(Refine, TheStudentIsTheModelThatRuns) {
     cases.back().branch_bits = 4;
     cases.push_back(four_bits("twinquant"));
     cases.back().act_codes = ActCodes::kAsymmetric;
+    for (int bits_a : {4, 8}) {
+      cases.push_back(four_bits("twinquant"));
+      cases.back().two_level = true;
+      cases.back().bits_a = bits_a;
+      cases.back().group = cases.back().group_a = 32;
+    }
     cases.push_back(four_bits("quarot"));
     cases.back().bits_a = 16;
     for (const QuantizeOptions& options : cases) {

@@ -1,6 +1,7 @@
 // Rounding to codes, the clip search, GPTQ and its Gram matrix.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "model/error.h"
@@ -132,6 +133,54 @@ TEST(Rounding, RowsDoNotDependOnTheRowsBesideThem) {
                            together.matrix.scales.begin() + first * groups));
   }
   EXPECT_EQ(n_clipped, together.n_clipped);
+}
+
+TEST(Rounding, TwoLevelScalesCostLittleAndAreMultiplesOfSevenBits) {
+  FloatMatrix w = random_matrix(40, 512, 15);
+  for (int64_t row = 0; row < w.rows; ++row) {  // rows of all sizes, one group far below the rest
+    for (int64_t col = 0; col < w.cols; ++col) {
+      w.row(row)[col] *= std::ldexp(1.0f, static_cast<int>(row % 30) - 25);
+      if (col < 64) w.row(row)[col] *= 0.01f;
+    }
+  }
+  for (int64_t col = 0; col < 64; ++col) w.row(5)[col] = 0;
+  for (int64_t col = 0; col < w.cols; ++col) w.row(6)[col] = 0;
+  const OwnedMatrix two_level = round_matrix(w, {4, 64, true}, nullptr, 2).matrix;
+  const OwnedMatrix free = round_matrix(w, {4, 64}, nullptr, 2).matrix;
+  for (int64_t row = 0; row < w.rows; ++row) {
+    std::vector<float> scales;
+    for (int64_t i = 0; i < 8; ++i) {
+      scales.push_back(f16_to_f32(two_level.scales[static_cast<size_t>(row * 8 + i)]));
+      ASSERT_GT(scales.back(), 0);
+    }
+    EXPECT_LE(*std::max_element(scales.begin(), scales.end()) / common_unit(scales), kMostMultiple)
+        << row;
+    const auto error = [&](const OwnedMatrix& rounded) {
+      const FloatMatrix values = to_float_matrix(rounded.view());
+      double sum = 0;
+      for (int64_t i = 64; i < 512; ++i) {
+        const double d = double{w.row(row)[i]} - double{values.row(row)[i]};
+        sum += d * d;
+      }
+      return sum;
+    };
+    // Normal rows have scales within a third of each other, multiples of 10 to 15: a step is a
+    // twentieth longer at most, and so is the error. Below 2^-17 f16's grid is coarser than that.
+    if (row % 30 > 8) {
+      EXPECT_LT(error(two_level), 1.05 * 1.05 * error(free)) << row;
+    }
+  }
+  // Every multiple of every unit is an f16 number, and the unit is found again.
+  for (float wanted : {1e-9f, 0.000123f, 0.01f, 0.0777f, 3.0f}) {
+    const float unit = round_unit(wanted);
+    EXPECT_NEAR(unit, wanted, std::max(wanted / 128, 0x1p-24f));
+    std::vector<float> scales;
+    for (int multiple : {15, 10, 6, 1}) {
+      scales.push_back(unit * static_cast<float>(multiple));
+      EXPECT_EQ(f16_to_f32(f32_to_f16(scales.back())), scales.back()) << wanted << multiple;
+    }
+    EXPECT_EQ(common_unit(scales), unit);
+  }
 }
 
 TEST(Rounding, ClipSearchNeverLosesToTheFullRange) {

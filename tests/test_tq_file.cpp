@@ -225,7 +225,7 @@ TEST_F(TqFile, NewerVersionsSayWhichTqReads) {
   std::string bytes = read_bytes(path);
   bytes[8] = 9;
   write_bytes(path, bytes);
-  EXPECT_NE(failure(path).find("format version 9, this tq reads versions 1 to 3"),
+  EXPECT_NE(failure(path).find("format version 9, this tq reads versions 1 to 4"),
             std::string::npos);
 }
 
@@ -357,6 +357,15 @@ TEST_F(TqFile, AsymmetricCodesMakeAVersionThreeFileAndNothingElseDoes) {
               (ActQuant{3, 32, 1.0f, ActCodes::kAsymmetric}));
 }
 
+TEST_F(TqFile, TwoLevelScalesMakeAVersionFourFile) {
+  test_model.model.layers[0].w_gate.act.two_level = true;
+  test_model.write(path);
+  EXPECT_EQ(read_bytes(path)[8], 4);
+  EXPECT_EQ(failure(path, true), "");
+  EXPECT_TRUE(load_tq_file(path).layers[0].w_gate.act ==
+              (ActQuant{3, 32, 1.0f, ActCodes::kAll, true}));
+}
+
 TEST_F(TqFile, GroupsOfInputsAreMultiplesOf32OrWholeRows) {
   Layer& layer = test_model.model.layers[0];
   for (int64_t group : {96, 64}) {  // w_down reads 96 columns
@@ -412,6 +421,8 @@ INSTANTIATE_TEST_SUITE_P(
         Lie{R"("full_range":true)", R"("full_range":1)", "full_range"},
         Lie{R"("full_range":true)", R"("full_range":true,"asymmetric":true)", "contradict"},
         Lie{R"("bits":4,)", R"("asymmetric":true,"bits":8,)", "8 bits"},
+        Lie{R"("full_range":true)", R"("two_level":true,"asymmetric":true)", "two-level"},
+        Lie{R"("bits":3,)", R"("two_level":true,"bits":8,)", "one group a token"},
         Lie{R"("clip":)", R"("clap":)", "unknown field"},
         Lie{R"("block":96)", R"("block":7)", "Hadamard block 7"},
         Lie{R"("kind":"hadamard")", R"("kind":"magic")", "unknown transform magic"},

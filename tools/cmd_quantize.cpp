@@ -40,7 +40,8 @@ struct QuantizeArguments {
   std::vector<std::string> keep;
   uint64_t seed = 0;
   int threads = 0;
-  bool act_order = false, dry_run = false, resume = false, force = false, quiet = false;
+  bool act_order = false, two_level = false, dry_run = false, resume = false, force = false,
+       quiet = false;
 };
 
 template <typename T, typename U>
@@ -156,6 +157,7 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   options.group_a = !args.group_a              ? options.group
                     : *args.group_a == "token" ? kTokenGroups
                                                : std::stoll(*args.group_a);
+  options.two_level = args.two_level;
   if (args.act_codes) options.act_codes = find_name(kActCodes, *args.act_codes);
   // The basis alone is to be tested then, so nothing else may be rounded.
   if (options.bits_w == 32) options.embed_bits = options.head_bits = 32;
@@ -483,6 +485,10 @@ void add_method_options(CLI::App& command, QuantizeArguments& args) {
           "(16 from the least to the greatest value, for --bits-a 4 and 3)")
       ->check(CLI::IsMember(names_of(kActCodes)))
       ->default_str("learned methods: all, else symmetric");
+  command.add_flag(
+      "--two-level", args.two_level,
+      "scales are whole multiples, up to 15, of one number of the row of weights or of "
+      "the token: faster on a GPU");
   command.add_option("--embed-bits", args.embed_bits, "bits of the embedding")
       ->check(CLI::IsMember({16, 8, 4}))
       ->default_str("16");
