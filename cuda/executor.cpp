@@ -37,9 +37,12 @@ void add_rounding(RowsJob& job, const ActQuant& act, const Gpu& gpu, Arena& aren
   job.act_codes = act.codes;
   RoundedRows& to = job.rounded;
   to.padded_cols = (job.cols + kBlockCols - 1) / kBlockCols * kBlockCols;
-  to.group = static_cast<int32_t>(act.group >= job.cols ? to.padded_cols : act.group);
+  const bool multiples = act.two_level && act.bits < 8;
+  if (multiples) job.level_group = static_cast<int32_t>(std::min(act.group, job.cols));
+  to.group = static_cast<int32_t>(multiples || act.group >= job.cols ? to.padded_cols : act.group);
   to.group_shift = group_shift(to.group, to.padded_cols);
-  to.order = code_order(job.rows, act.bits, gpu);
+  // Codes times multiples fill a byte.
+  to.order = code_order(job.rows, multiples ? 8 : act.bits, gpu);
   const int64_t padded_rows = (job.rows + kRowStep - 1) / kRowStep * kRowStep;
   to.n_groups = static_cast<int32_t>((to.padded_cols + to.group - 1) / to.group);
   to.codes = arena.take<uint8_t>(padded_rows * to.padded_cols);
@@ -236,6 +239,7 @@ int smallest_group_shift(const PackedJob& job) {
 
 void launch_packed(const PackedJob& job, const Gpu& gpu) {
   if (job.x.order == CodeOrder::kLanes) return launch_packed_matvec(job, gpu);
+  if (takes_two_level(job, gpu)) return launch_twin_gemm_two_level(job, gpu);
   gpu.facts.major == 9 ? launch_twin_gemm(job, gpu) : launch_packed_gemm(job, gpu);
 }
 

@@ -59,10 +59,16 @@ struct RowsJob {
   int bits;  // 16: none
   float clip;
   ActCodes act_codes;
+  // Two-level scales: columns of a group; `rounded` has one then, and codes times multiples.
+  int32_t level_group;  // 0: none
   RoundedRows rounded;
   float* expanded;  // scale * code [rows, cols], where a dense matrix wants rounded input
 };
 void launch_rows(const RowsJob& job, const Gpu& gpu);
+
+/// Two-level scales taken apart (weights.h); *failed: how many rows have scales that are not.
+void launch_multiples(const FragmentView& from, uchar2* multiples, float2* units, int32_t* failed,
+                      const Gpu& gpu);
 
 /// canonical Q4 -> fragment order (weights.h).
 void launch_repack(const CanonicalView& from, int64_t n_panels, int64_t padded_cols,
@@ -118,11 +124,13 @@ struct PackedJob {
 };
 /// log2 of the smallest group of either side of any segment.
 int smallest_group_shift(const PackedJob& job);
-/// By the order of the codes and the GPU one of the three below.
+/// By the order of the codes, the scales and the GPU one of the four below.
 void launch_packed(const PackedJob& job, const Gpu& gpu);
 void launch_packed_matvec(const PackedJob& job, const Gpu& gpu);
 void launch_packed_gemm(const PackedJob& job, const Gpu& gpu);
 void launch_twin_gemm(const PackedJob& job, const Gpu& gpu);
+bool takes_two_level(const PackedJob& job, const Gpu& gpu);
+void launch_twin_gemm_two_level(const PackedJob& job, const Gpu& gpu);
 
 /// cos and sin of positions [0, n): angles [n, half] of (cos, sin), as cpu/ops.h defines them.
 void launch_rope_angles(const float* inv_freq, int64_t half, float factor, int64_t n,

@@ -72,6 +72,17 @@ struct GroupScale {
       low = 1 - half;
     }
   }
+  // Two-level scales, as cpu/round_scale.h has them. Returns the multiple, with the scale's sign.
+  __device__ float restrict_to(float unit) {
+    if (unit == 0) return 1.0f;
+    const float wanted = scale / unit;
+    const float nearest = (fabsf(wanted) + kRoundMagic) - kRoundMagic;
+    const float bounded = nearest > 1 ? fminf(nearest, kMostMultiple) : 1.0f;  // 1 for NaN
+    const float multiple = wanted < 0 ? -bounded : bounded;
+    scale = multiple * unit;
+    inverse = 1 / scale;
+    return multiple;
+  }
   __device__ float code(float x) const {
     const float scaled = x * inverse;
     const float above = scaled > low ? scaled : low;  // also the answer for NaN
@@ -222,11 +233,10 @@ __device__ void hadamard(const RowsJob& job, float* v) {
 
 // One group of any size by a warp. `at(i)` is the value of column i.
 template <typename At>
-__device__ void round_group(const RowsJob& job, int64_t row, int group, const At& at) {
+__device__ void round_group(const RowsJob& job, int64_t row, int group, float unit, const At& at) {
   const RoundedRows& to = job.rounded;
-  const int lane = threadIdx.x % kWarp;
-  const int begin = group * to.group;
-  const int end = min(begin + to.group, static_cast<int>(job.cols));
+  const int lane = threadIdx.x % kWarp, size = job.level_group > 0 ? job.level_group : to.group;
+  const int begin = group * size, end = min(begin + size, static_cast<int>(job.cols));
   // The bit pattern of |x| orders like |x|, NaN above infinity.
   uint32_t largest = 0;
   for (int i = begin + lane; i < end; i += kWarp) {
@@ -249,21 +259,23 @@ __device__ void round_group(const RowsJob& job, int64_t row, int group, const At
     above = warp_max(above);
     below = warp_max(below);
   }
-  const GroupScale by(job, __uint_as_float(largest), at(first), above, below);
-  if (lane == 0) to.scales[scale_offset(to, row, group)] = by.scale;
+  GroupScale by(job, __uint_as_float(largest), at(first), above, below);
+  const float multiple = by.restrict_to(unit);
+  if (lane == 0 && job.level_group == 0) to.scales[scale_offset(to, row, group)] = by.scale;
   for (int i = begin + lane; i < end; i += kWarp) {
     const float code = by.code(at(i));
-    to.codes[code_offset(to, row, i)] = code_byte(to.order, code);
+    to.codes[code_offset(to, row, i)] = code_byte(to.order, code * multiple);
     if (job.expanded) job.expanded[row * job.cols + i] = by.scale * code;
   }
 }
 
 // Groups of 32, 64 or 128 columns, whole ones: four columns a lane, 128 columns a warp.
 template <typename At>
-__device__ void round_stretch(const RowsJob& job, int64_t row, int stretch, const At& at) {
+__device__ void round_stretch(const RowsJob& job, int64_t row, int stretch, float unit,
+                              const At& at) {
   const RoundedRows& to = job.rounded;
   const int lane = threadIdx.x % kWarp;
-  const int lanes = to.group / 4;  // of a group
+  const int lanes = (job.level_group > 0 ? job.level_group : to.group) / 4;  // of a group
   const int col = stretch * 128 + lane * 4;
   const bool inside = col < job.cols;
   float x[4];
@@ -298,9 +310,10 @@ __device__ void round_stretch(const RowsJob& job, int64_t row, int stretch, cons
       below = fmaxf(below, __shfl_xor_sync(kFullMask, below, step));
     }
   }
-  const GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31), above,
-                      below);
-  if (inside && lane % lanes == 0) {
+  GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31), above,
+                below);
+  const float multiple = by.restrict_to(unit);
+  if (inside && lane % lanes == 0 && job.level_group == 0) {
     to.scales[scale_offset(to, row, col >> to.group_shift)] = by.scale;
   }
   float* expanded = job.expanded && inside ? job.expanded + row * job.cols + col : nullptr;
@@ -308,7 +321,7 @@ __device__ void round_stretch(const RowsJob& job, int64_t row, int stretch, cons
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float code = by.code(x[i]);
-    codes |= uint32_t{code_byte(to.order, code)} << 8 * i;
+    codes |= uint32_t{code_byte(to.order, code * multiple)} << 8 * i;
     if (expanded) expanded[i] = by.scale * code;
   }
   bool stored = inside;
@@ -322,27 +335,50 @@ __device__ void round_stretch(const RowsJob& job, int64_t row, int stretch, cons
   if (stored) *reinterpret_cast<uint32_t*>(to.codes + code_offset(to, row, first_of_lane)) = codes;
 }
 
+// What the two-level scales of a row are multiples of, for a block of threads with all of its
+// columns; 0: any scale will do.
+template <typename At>
+__device__ float row_unit(const RowsJob& job, int64_t row, const At& at) {
+  if (job.level_group == 0) return 0;
+  __shared__ uint32_t shared;
+  if (threadIdx.x == 0) shared = 0;
+  __syncthreads();
+  uint32_t largest = 0;
+  for (int i = threadIdx.x; i < job.cols; i += blockDim.x) {
+    largest = max(largest, __float_as_uint(at(i)) & 0x7FFFFFFFu);
+  }
+  largest = __reduce_max_sync(kFullMask, largest);
+  if (threadIdx.x % kWarp == 0) atomicMax(&shared, largest);
+  __syncthreads();
+  const float magnitude = __uint_as_float(shared);
+  const GroupScale whole(job, magnitude, magnitude, 0, 0);
+  const float unit = fabsf(whole.scale) / kMostMultiple;
+  if (threadIdx.x == 0) job.rounded.scales[scale_offset(job.rounded, row, 0)] = unit;
+  return unit;
+}
+
 // Columns [begin, end) of a row.
 template <typename At>
 __device__ void round_row(const RowsJob& job, int64_t row, int begin, int end, const At& at) {
-  const int group = job.rounded.group;
+  const float unit = row_unit(job, row, at);
+  const int group = job.level_group > 0 ? job.level_group : job.rounded.group;
   const int warp = threadIdx.x / kWarp, n_warps = blockDim.x / kWarp;
   const int cols = static_cast<int>(job.cols);
   if ((group == 32 || group == 64 || group == 128) && cols % 4 == 0) {
     for (int i = begin / 128 + warp; i * 128 < end; i += n_warps) {
-      round_stretch(job, row, i, at);
+      round_stretch(job, row, i, unit, at);
     }
   } else {  // one block a row
     const int n_groups = (cols + group - 1) / group;
-    for (int i = warp; i < n_groups; i += n_warps) round_group(job, row, i, at);
+    for (int i = warp; i < n_groups; i += n_warps) round_group(job, row, i, unit, at);
   }
   if (end < cols) return;
   // The padding: codes, and the scales of groups that are nothing else.
   for (int i = cols + threadIdx.x; i < job.rounded.padded_cols; i += blockDim.x) {
     job.rounded.codes[code_offset(job.rounded, row, i)] = 0;
   }
-  for (int i = (cols + group - 1) / group + threadIdx.x; i < job.rounded.n_groups;
-       i += blockDim.x) {
+  const int n_used = job.level_group > 0 ? 1 : (cols + group - 1) / group;
+  for (int i = n_used + threadIdx.x; i < job.rounded.n_groups; i += blockDim.x) {
     job.rounded.scales[scale_offset(job.rounded, row, i)] = 0.0f;
   }
 }
@@ -454,7 +490,7 @@ __global__ void __launch_bounds__(kBaseWarps* kWarp)
   __syncthreads();
   for (int to = threadIdx.x / kWarp; to < kM; to += kBaseWarps) {
     const int begin = first + to * inner;
-    round_stretch(job, row, begin / 128, [&](int col) { return v[to][col - begin]; });
+    round_stretch(job, row, begin / 128, 0.0f, [&](int col) { return v[to][col - begin]; });
   }
 }
 
@@ -467,6 +503,45 @@ bool transform_is_divided(const RowsJob& job) {
   return job.rows <= kMatvecRows && job.block > 0 && base_in_registers(job.base_order) &&
          inner % kPlaces == 0 && !job.gain &&
          (!rounds || group == 32 || group == 64 || group == 128);
+}
+
+__device__ uint64_t common_divisor(uint64_t a, uint64_t b) {
+  while (b != 0) {
+    const uint64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
+// A thread for a row. f16 numbers are whole multiples of 2^-24, so units are found exactly: as
+// greatest common divisors.
+__global__ void multiples_kernel(FragmentView from, int64_t n_rows, uint8_t* multiples,
+                                 float* units, int32_t* failed) {
+  const int64_t row = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (row >= n_rows) return;
+  const int64_t panel = row / kPanelRows, in_panel = row % kPanelRows;
+  // The row's halves of the pairs.
+  const int64_t first = (panel_scales(from, panel) - from.scales + in_panel % 8) * 2 + in_panel / 8;
+  const auto scale = [&](int group) {
+    const __half at = reinterpret_cast<const __half*>(from.scales)[first + group * kSetScales * 2];
+    return __half2float(at) * 0x1p24f;
+  };
+  uint64_t unit = 0;
+  bool negative = false;
+  for (int group = 0; group < from.n_groups; ++group) {
+    negative |= !(scale(group) >= 0);
+    unit = common_divisor(static_cast<uint64_t>(scale(group)), unit);
+  }
+  const float unit_scale = static_cast<float>(unit);
+  bool large = false;
+  for (int group = 0; group < from.n_groups; ++group) {
+    const float multiple = unit > 0 ? scale(group) / unit_scale : 0.0f;  // exact
+    large |= multiple > kMostMultiple;
+    multiples[first + group * kSetScales * 2] = static_cast<uint8_t>(min(multiple, 255.0f));
+  }
+  units[(panel * 8 + in_panel % 8) * 2 + in_panel / 8] = unit_scale * 0x1p-24f;
+  if (negative || large) atomicAdd(failed, 1);
 }
 
 __global__ void repack_kernel(CanonicalView from, int64_t n_panels, int64_t padded_cols,
@@ -554,6 +629,15 @@ void launch_repack(const CanonicalView& from, int64_t n_panels, int64_t padded_c
   repack_kernel<<<static_cast<unsigned>((items + 255) / 256), 256, 0, gpu.stream>>>(
       from, n_panels, padded_cols, n_groups, codes, scales);
   cuda_check(cudaGetLastError(), "repack");
+}
+
+void launch_multiples(const FragmentView& from, uchar2* multiples, float2* units, int32_t* failed,
+                      const Gpu& gpu) {
+  const int64_t n_rows = (from.n_panels + kSetPanels - 1) / kSetPanels * kSetPanels * kPanelRows;
+  cuda_check(cudaMemsetAsync(failed, 0, 4, gpu.stream), "multiples of scales");
+  multiples_kernel<<<static_cast<unsigned>((n_rows + 127) / 128), 128, 0, gpu.stream>>>(
+      from, n_rows, reinterpret_cast<uint8_t*>(multiples), reinterpret_cast<float*>(units), failed);
+  cuda_check(cudaGetLastError(), "multiples of scales");
 }
 
 }  // namespace tq::cuda

@@ -48,7 +48,8 @@ int32_t padded_groups(int32_t group_shift, int64_t padded_cols) {
   return static_cast<int32_t>((padded_cols - 1) >> group_shift) + 1;
 }
 
-CudaMatrix::CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader, const Gpu& gpu)
+CudaMatrix::CudaMatrix(const Matrix& matrix, bool fragments, bool two_level, Uploader& uploader,
+                       const Gpu& gpu)
     : has_fragments_(fragments) {
   TQ_CHECK(matrix.rows > 0 && matrix.cols > 0);
   const int64_t n_bytes = static_cast<int64_t>(matrix.data_bytes());
@@ -69,8 +70,8 @@ CudaMatrix::CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader,
       group_shift(matrix.group >= matrix.cols ? padded_cols : matrix.group, padded_cols);
   const int32_t n_groups = padded_groups(shift, padded_cols);
   DeviceMemory scales(padded_panels * kPanelRows * n_groups * 2, "weights");
-  fragments_ = {matrix.rows, matrix.cols, padded_cols,       n_panels,
-                shift,       n_groups,    codes.as<uint4>(), scales.as<__half2>()};
+  fragments_ = {matrix.rows, matrix.cols,       padded_cols,          n_panels, shift,
+                n_groups,    codes.as<uint4>(), scales.as<__half2>(), nullptr,  nullptr};
   launch_repack(canonical_, padded_panels, padded_cols, n_groups, codes.as<uint4>(),
                 scales.as<__half2>(), gpu);
   cuda_check(cudaStreamSynchronize(gpu.stream), "repacking weights");
@@ -78,6 +79,26 @@ CudaMatrix::CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader,
   scales_ = std::move(scales);
   canonical_.data = nullptr;
   canonical_.scales = nullptr;
+  if (two_level) find_multiples(padded_panels * kPanelRows, gpu);
+}
+
+void CudaMatrix::find_multiples(int64_t padded_rows, const Gpu& gpu) {
+  multiples_ = DeviceMemory(padded_rows * fragments_.n_groups, "weights");
+  units_ = DeviceMemory(padded_rows * 4, "weights");
+  DeviceMemory failed(4, "weights");
+  launch_multiples(fragments_, multiples_.as<uchar2>(), units_.as<float2>(), failed.as<int32_t>(),
+                   gpu);
+  int32_t n_failed = 0;
+  cuda_check(cudaMemcpyAsync(&n_failed, failed.as<void>(), 4, cudaMemcpyDeviceToHost, gpu.stream),
+             "reading a count");
+  cuda_check(cudaStreamSynchronize(gpu.stream), "multiples of scales");
+  if (n_failed > 0) {
+    multiples_ = DeviceMemory();
+    units_ = DeviceMemory();
+    return;
+  }
+  fragments_.multiples = multiples_.as<uchar2>();
+  fragments_.units = units_.as<float2>();
 }
 
 CudaTransform::CudaTransform(const Transform& transform, Uploader& uploader, const Gpu& gpu)
@@ -90,7 +111,7 @@ CudaTransform::CudaTransform(const Transform& transform, Uploader& uploader, con
     const Matrix& m = transform.matrix;
     TQ_CHECK(m.rows == m.cols && !m.packed());
     // A linear computes x W^T: W = M for the inverse, M^T for x -> x M.
-    inverse_matrix.emplace(m, false, uploader, gpu);
+    inverse_matrix.emplace(m, false, false, uploader, gpu);
     const size_t n = static_cast<size_t>(m.rows);
     std::vector<float> row(n), transposed(n * n);
     for (size_t i = 0; i < n; ++i) {
@@ -100,7 +121,7 @@ CudaTransform::CudaTransform(const Transform& transform, Uploader& uploader, con
     Matrix copy;
     copy.rows = copy.cols = m.rows;
     copy.data = reinterpret_cast<const std::byte*>(transposed.data());
-    forward_matrix.emplace(copy, false, uploader, gpu);
+    forward_matrix.emplace(copy, false, false, uploader, gpu);
     return;
   }
   TQ_CHECK(block > 0 && size % block == 0);
@@ -135,14 +156,14 @@ CudaLinear::CudaLinear(const Linear& linear, Uploader& uploader, const Gpu& gpu)
   const auto add = [&](std::optional<CudaMatrix>& to, const Matrix& matrix, int64_t x_group) {
     const bool integers = rounds_input() && matrix.packed();
     if (integers) check_groups(matrix, x_group);
-    to.emplace(matrix, integers && fits_fragments(matrix, x_group), uploader, gpu);
+    // Multiples are for twin_gemm_two_level.cu.
+    const bool multiples = act.two_level && gpu.facts.major == 9;
+    to.emplace(matrix, integers && fits_fragments(matrix, x_group), multiples, uploader, gpu);
   };
   add(weight, linear.weight, act.group);
   if (!linear.branch_a) return;
   branch_a_rows_ = linear.branch_a->rows;
-  // x A^T has groups of its own; clip belongs to x.
-  branch_act = {act.bits, linear.branch_b->packed() ? linear.branch_b->group : int64_t{64}, 1.0f,
-                act.codes};
+  branch_act = act.narrow(linear.rank(), linear.branch_b->packed() ? linear.branch_b->group : 64);
   add(branch_a, *linear.branch_a, act.group);
   add(branch_b, *linear.branch_b, branch_act.group);
 }

@@ -43,21 +43,25 @@ struct CanonicalView {
 /// shift that makes every column's group 0.
 int32_t group_shift(int64_t group, int64_t padded_cols);
 
-/// A matrix of 4-bit codes in fragment order.
+/// A matrix of 4-bit codes in fragment order. Where its scales are two-level (quant/rounding.h) a
+/// scale is also unit * multiple, in the same order.
 struct FragmentView {
   int64_t rows, cols, padded_cols;
   int64_t n_panels;               // of 16 rows; memory holds whole sets
   int32_t group_shift, n_groups;  // column >> group_shift is its group; of padded_cols
   const uint4* codes;             // [set, padded_cols / 128, 8 panels, 2, 32 lanes]
   const __half2* scales;          // [set, group, 8 panels, 8]
+  const uchar2* multiples;        // like scales; null: not two-level, or nobody reads them
+  const float2* units;            // [set, 8 panels, 8]
 };
 /// Groups of padded_cols columns.
 int32_t padded_groups(int32_t group_shift, int64_t padded_cols);
 
 class CudaMatrix {
  public:
-  /// Uploads `matrix`; in fragment order if asked.
-  CudaMatrix(const Matrix& matrix, bool fragments, Uploader& uploader, const Gpu& gpu);
+  /// Uploads `matrix`; in fragment order if asked, and then with multiples if asked and possible.
+  CudaMatrix(const Matrix& matrix, bool fragments, bool two_level, Uploader& uploader,
+             const Gpu& gpu);
   bool has_fragments() const { return has_fragments_; }
   const CanonicalView& canonical() const { return canonical_; }
   const FragmentView& fragments() const { return fragments_; }
@@ -66,7 +70,8 @@ class CudaMatrix {
   bool has_fragments_;
   CanonicalView canonical_ = {};
   FragmentView fragments_ = {};
-  DeviceMemory data_, scales_;
+  void find_multiples(int64_t padded_rows, const Gpu& gpu);
+  DeviceMemory data_, scales_, multiples_, units_;
 };
 
 /// A Hadamard transform, or a dense one as the two matrices M^T and M.
@@ -108,7 +113,7 @@ class CudaLinear : public PreparedLinear {
 class CudaTable : public PreparedTable {
  public:
   CudaTable(const Matrix& table, Uploader& uploader, const Gpu& gpu)
-      : matrix(table, false, uploader, gpu) {}
+      : matrix(table, false, false, uploader, gpu) {}
   CudaMatrix matrix;
 };
 

@@ -103,8 +103,9 @@ struct Bench {
 // A matrix in fragment order with random contents.
 struct Weights {
   FragmentView view = {};
-  DeviceMemory codes, scales;
-  Weights(Bench& bench, const DeviceMemory& noise, int64_t rows, int64_t cols, int64_t group) {
+  DeviceMemory codes, scales, multiples, units;
+  Weights(Bench& bench, const DeviceMemory& noise, int64_t rows, int64_t cols, int64_t group,
+          bool two_level) {
     view.rows = rows;
     view.cols = cols;
     view.padded_cols = (cols + kBlockCols - 1) / kBlockCols * kBlockCols;
@@ -120,13 +121,20 @@ struct Weights {
     scales = bench.random_scales(panels * kPanelRows * view.n_groups);
     view.codes = codes.as<uint4>();
     view.scales = scales.as<__half2>();
+    if (!two_level) return;
+    multiples = bench.random<uint8_t>(panels * kPanelRows * view.n_groups, [&] {
+      return static_cast<uint8_t>(1 + bench.generator() % kMostMultiple);
+    });
+    units = bench.random_floats(panels * kPanelRows);
+    view.multiples = multiples.as<uchar2>();
+    view.units = units.as<float2>();
   }
 };
 
 struct Rows {
   RowsJob job = {};
   DeviceMemory x, codes, scales;
-  Rows(Bench& bench, int64_t rows, int64_t cols, int bits, int64_t group)
+  Rows(Bench& bench, int64_t rows, int64_t cols, int bits, int64_t group, bool two_level = false)
       : x(bench.random_floats(rows * cols)) {
     job.rows = rows;
     job.cols = cols;
@@ -138,9 +146,10 @@ struct Rows {
     RoundedRows& to = job.rounded;
     to.padded_cols = (cols + kBlockCols - 1) / kBlockCols * kBlockCols;
     const int64_t padded_rows = (rows + kRowStep - 1) / kRowStep * kRowStep;
-    to.group = static_cast<int32_t>(std::min(group, to.padded_cols));
+    if (two_level) job.level_group = static_cast<int32_t>(std::min(group, cols));
+    to.group = static_cast<int32_t>(two_level ? to.padded_cols : std::min(group, to.padded_cols));
     to.group_shift = group_shift(to.group, to.padded_cols);
-    to.order = code_order(rows, bits, bench.gpu);
+    to.order = code_order(rows, two_level ? 8 : bits, bench.gpu);
     codes = DeviceMemory(padded_rows * to.padded_cols, "bench");
     to.n_groups = padded_groups(to.group_shift, to.padded_cols);
     scales = DeviceMemory(padded_rows * to.n_groups * 4, "bench");
@@ -195,19 +204,20 @@ Yardsticks bench_cublas(Bench& bench, const Shape& shape, int64_t rows) {
 }
 
 void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group, int64_t rank,
-                  const Yardsticks& yardsticks) {
+                  bool two_level, const Yardsticks& yardsticks) {
   const int64_t bytes = shape.out * shape.in / 2 + shape.out * shape.in / group * 2 +
                         rank * (shape.out + shape.in) * 17 / 32;
   const int copies = copies_beyond_cache(bench, bytes, rows);
   const DeviceMemory noise = bench.random_bytes(std::max(shape.out, int64_t{1024}) * shape.in / 2);
-  Rows x(bench, rows, shape.in, 4, group), h(bench, rows, std::max<int64_t>(rank, 64), 4, group);
+  Rows x(bench, rows, shape.in, 4, group, two_level);
+  Rows h(bench, rows, std::max<int64_t>(rank, 64), 4, group, two_level);
   const DeviceMemory y(rows * shape.out * 4, "bench"), narrow(rows * 1024 * 4, "bench");
   std::vector<Weights> r, a, b;
   for (int i = 0; i < copies; ++i) {
-    r.emplace_back(bench, noise, shape.out, shape.in, group);
+    r.emplace_back(bench, noise, shape.out, shape.in, group, two_level);
     if (rank == 0) continue;
-    a.emplace_back(bench, noise, rank, shape.in, group);
-    b.emplace_back(bench, noise, shape.out, rank, group);
+    a.emplace_back(bench, noise, rank, shape.in, group, two_level);
+    b.emplace_back(bench, noise, shape.out, rank, group, two_level);
   }
   h.job.x = narrow.as<float>();
   const auto launch = [&](const PackedJob& job) { launch_packed(job, bench.gpu); };
@@ -244,15 +254,17 @@ void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group,
   const double share = static_cast<double>(bytes) / us * 1e6 / bench.bandwidth;
   const auto over = [&](Yardstick type) { return yardsticks.us[static_cast<int>(type)] / us; };
   std::printf(
-      "%-20s m %5lld group %3lld rank %3lld: %9.2f us %8.1f TOP/s %5.1f %% of bandwidth; over bf16 "
+      "%-20s m %5lld group %3lld%s rank %3lld: %9.2f us %8.1f TOP/s %5.1f %% of bandwidth; over "
+      "bf16 "
       "%5.2f x, fp8 %5.2f x, int8 %5.2f x\n",
       shape.name, static_cast<long long>(rows), static_cast<long long>(group),
-      static_cast<long long>(rank), us, ops / us * 1e-6, 100 * share, over(Yardstick::kBf16),
-      over(Yardstick::kFp8), over(Yardstick::kInt8));
+      two_level ? " two-level" : "", static_cast<long long>(rank), us, ops / us * 1e-6, 100 * share,
+      over(Yardstick::kBf16), over(Yardstick::kFp8), over(Yardstick::kInt8));
   bench.records.push_back({{"kernel", "packed"},
                            {"matrix", shape.name},
                            {"m", rows},
                            {"group", group},
+                           {"two_level", two_level},
                            {"rank", rank},
                            {"us", us},
                            {"tops", ops / us * 1e-6},
@@ -393,7 +405,9 @@ void run(const std::string& part, const std::string& json) {
       const Yardsticks yardsticks = bench_cublas(bench, shape, rows);
       for (const int64_t group : {64, 128}) {
         for (const int64_t rank : {0, 128}) {
-          bench_packed(bench, shape, rows, group, rank, yardsticks);
+          for (const bool two_level : {false, true}) {
+            bench_packed(bench, shape, rows, group, rank, two_level, yardsticks);
+          }
         }
       }
     }

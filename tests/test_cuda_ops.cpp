@@ -129,7 +129,48 @@ struct LinearCase {
   int64_t rank = 0, branch_group = 32;
   Storage branch = Storage::kQ4;
   int64_t block = 0;  // Hadamard
+  bool two_level_weights = false;
 };
+
+// Every row's scales become multiples of a number of its own.
+void make_two_level(CaseMatrix& matrix, uint32_t seed) {
+  const int64_t n_groups = matrix.view.n_groups();
+  for (size_t i = 0; i < matrix.scales.size(); ++i) {
+    const int64_t row = static_cast<int64_t>(i) / n_groups;
+    const uint32_t noise = (static_cast<uint32_t>(i) + seed) * 2654435761u >> 16;
+    const float unit = static_cast<float>(64 + row * 37 % 64) * 0x1p-16f;  // 7 bits
+    matrix.scales[i] = f32_to_f16(static_cast<float>(1 + noise % kMostMultiple) * unit);
+  }
+}
+
+// Two-level scales: groups, ends of codes, clips; branches of one and more stages, and of more than
+// the kernel takes; weights whose scales are ordinary.
+void add_two_level_cases(std::vector<LinearCase>& cases) {
+  const auto add = [&](LinearCase c) {
+    c.two_level_weights = true;
+    c.act.two_level = true;
+    cases.push_back(c);
+  };
+  for (int64_t group : {32, 64, 128}) {
+    add({"two-level", Storage::kQ4, 272, 704, group, {4, group, 1.0f, ActCodes::kAll}});
+    add({"two-level", Storage::kQ4, 272, 672, group, {3, 64, 0.9f, ActCodes::kSymmetric}});
+  }
+  add({"two-level, 8 bits", Storage::kQ4, 272, 704, 64, {8, 704, 1.0f, ActCodes::kAll}});
+  add({"two-level, 8 bits", Storage::kQ4, 96, 200, 64, {8, 200, 1.0f, ActCodes::kSymmetric}, 32});
+  add({"two-level, one group", Storage::kQ4, 96, 200, 200, {4, 200, 1.0f, ActCodes::kAll}});
+  for (int64_t rank : {8, 32, 128, 144, 300}) {
+    const ActQuant act = {4, 64, 1.0f, ActCodes::kAll};
+    add({"two-level branch", Storage::kQ4, 312, 320, 64, act, rank, 64});
+  }
+  const ActQuant wide = {8, 320, 1.0f, ActCodes::kAll};
+  add({"two-level branch, 8 bits", Storage::kQ4, 112, 320, 64, wide, 128, 64});
+  LinearCase rotated = {"two-level, Hadamard",        Storage::kQ4, 40, 576, 64,
+                        {4, 64, 1.0f, ActCodes::kAll}};
+  rotated.block = 576;
+  add(rotated);
+  cases.push_back(
+      {"two-level inputs", Storage::kQ4, 96, 704, 64, {4, 64, 1.0f, ActCodes::kAll, true}, 32, 32});
+}
 
 std::vector<LinearCase> linear_cases() {
   std::vector<LinearCase> cases;
@@ -201,6 +242,7 @@ std::vector<LinearCase> linear_cases() {
                    32,
                    Storage::kQ4,
                    172});
+  add_two_level_cases(cases);
   return cases;
 }
 
@@ -219,13 +261,16 @@ void compare_linears(Backend& cpu, Backend& gpu, const LinearCase& c, int64_t ro
     Linear linear;
     const int64_t out = c.out + 3 * i;
     matrices.emplace_back(c.weight, out, c.in, c.weight_group, seed + static_cast<uint32_t>(i));
+    if (c.two_level_weights) make_two_level(matrices.back(), seed);
     linear.weight = matrices.back().view;
     linear.act = c.act;
     if (i == 2) linear.act.bits = 16;
     if (c.rank > 0 && i != 1) {
       matrices.emplace_back(c.branch, c.rank, c.in, c.weight_group, seed + 10);
+      if (c.two_level_weights) make_two_level(matrices.back(), seed);
       linear.branch_a = matrices.back().view;
       matrices.emplace_back(c.branch, out, c.rank, c.branch_group, seed + 11);
+      if (c.two_level_weights) make_two_level(matrices.back(), seed);
       linear.branch_b = matrices.back().view;
     }
     if (c.block > 0) {
@@ -297,6 +342,21 @@ TEST_F(Cuda, LinearsAgreeWithTheCpu) {
   for (const LinearCase& c : linear_cases()) {
     for (int64_t rows : {1, 2, 7, 8, 9, 16, 17, 65, 150}) {
       compare_linears(cpu(), gpu(), c, rows, kSeeds[rows % 5]);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// Enough tiles that the larger ones are chosen, for the products of all kinds of inputs.
+TEST_F(Cuda, ManyTilesAgreeWithTheCpu) {
+  for (const ActQuant& act :
+       {ActQuant{4, 64, 1.0f, ActCodes::kAll}, ActQuant{8, 64, 1.0f, ActCodes::kAll},
+        ActQuant{4, 64, 1.0f, ActCodes::kAll, true},
+        ActQuant{8, 320, 1.0f, ActCodes::kAll, true}}) {
+    for (int64_t out : {2100, 4100}) {
+      LinearCase c = {"many tiles", Storage::kQ4, out, 320, 64, act, 128, 64};
+      c.two_level_weights = act.two_level;
+      compare_linears(cpu(), gpu(), c, 1000, kSeeds[0]);
       if (HasFatalFailure()) return;
     }
   }

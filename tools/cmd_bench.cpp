@@ -201,6 +201,7 @@ void add_bench_command(CLI::App& app) {
   command->add_option("--group", shape.group, "of a shape: columns of a scale")
       ->check(CLI::IsMember({32, 64, 128}))
       ->capture_default_str();
+  command->add_flag("--two-level", shape.two_level, "of a shape: two-level scales");
   command->add_option("--rank", shape.rank, "of a shape: rank of the low-rank component")
       ->check(number_in(0, 1024))
       ->capture_default_str();

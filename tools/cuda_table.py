@@ -26,10 +26,17 @@ def cell(record):
 
 def render(report):
     products = [r for r in report["kernels"] if r["kernel"] == "packed"]
+    lines = [BEGIN, f"{report['gpu']}, read bandwidth {report['read_bandwidth'] / 1e12:.2f} TB/s."]
+    for two_level, title in ((False, "Ordinary scales:"), (True, "Two-level scales:")):
+        chosen = [r for r in products if r.get("two_level", False) == two_level]
+        if chosen:
+            lines += ["", title, ""] + table(chosen)
+    return "\n".join(lines + [END])
+
+
+def table(products):
     of = {(r["matrix"], r["m"], r["group"], r["rank"]): r for r in products}
-    lines = [BEGIN,
-             f"{report['gpu']}, read bandwidth {report['read_bandwidth'] / 1e12:.2f} TB/s.", "",
-             "| matrix | m | cuBLASLt bf16, fp8, int8, us | group 64 | group 64, rank 128 "
+    lines = ["| matrix | m | cuBLASLt bf16, fp8, int8, us | group 64 | group 64, rank 128 "
              "| group 128 | group 128, rank 128 |", "|---|---|---|---|---|---|---|"]
     for matrix in dict.fromkeys(r["matrix"] for r in products):
         for m in SHOWN:
@@ -41,7 +48,7 @@ def render(report):
             cells += [cell(of.get((matrix, m, group, rank)))
                       for group in (64, 128) for rank in (0, 128)]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines + [END])
+    return lines
 
 
 def main():

@@ -48,11 +48,12 @@ struct Pool {
       value = f32_to_bf16(x);
     }
   }
+  // Two-level ones, which are as good as any.
   void add_scales(size_t count) {
     std::mt19937 generator(3);
     scales.resize(count);
     for (uint16_t& value : scales) {
-      value = f32_to_f16(0.001f + 0.004f * static_cast<float>(generator() >> 8) * 0x1p-24f);
+      value = f32_to_f16(static_cast<float>(1 + generator() % kMostMultiple) * 5 * 0x1p-14f);
     }
   }
 };
@@ -90,6 +91,8 @@ class Builder {
     linear.act.bits = options_.bits_a;
     linear.act.group = options_.group;
     linear.act.codes = ActCodes::kAll;
+    linear.act.two_level = options_.two_level;
+    if (options_.two_level && options_.bits_a == 8) linear.act.group = in;
     if (options_.rank > 0) {
       linear.branch_a = matrix(options_.bits_w, options_.rank, in, options_.group);
       linear.branch_b = matrix(options_.bits_w, out, options_.rank, options_.group);

@@ -14,6 +14,7 @@ namespace tq {
 struct ShapeOptions {
   int bits_w = 4, bits_a = 4, head_bits = 8;
   int64_t group = 64, rank = 0;
+  bool two_level = false;  // scales of inputs (model/weights.h, ActQuant)
 };
 
 /// Names that random_model() knows.
