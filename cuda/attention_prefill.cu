@@ -1,4 +1,5 @@
-// attention_prefill - causal attention of many rows on the tensor cores, online softmax.
+// attention_prefill - causal attention of many rows on the tensor cores, online softmax: where
+// there is no wgmma (attention_wgmma.cu).
 //
 // attention - out = sum_j softmax_j(scale q.k_j) v_j over the keys j <= position of the row
 // Shapes    q, out [rows, n_heads, head_dim] f32; keys, values [kv head, ctx, head_dim] in 16, 8 or
@@ -24,11 +25,6 @@ namespace {
 
 constexpr int kThreads = 256, kQueries = 128, kKeys = 64;
 constexpr float kLog2E = 1.4426950408889634f;
-
-__device__ inline uint32_t pack_half(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
 
 // Place of 16-byte word `word` of vector `key`: eight neighbouring keys meet no bank twice.
 template <int kDim>
@@ -235,6 +231,7 @@ bool attention_prefill_takes(const CacheView& cache, int64_t rows) {
 
 void launch_attention_prefill(const AttentionJob& job, const Gpu& gpu) {
   TQ_CHECK(attention_prefill_takes(job.cache, job.rows));
+  if (attention_wgmma_takes(job.cache, gpu)) return launch_attention_wgmma(job, gpu);
   job.cache.head_dim <= 64 ? launch_dim<64>(job, gpu) : launch_dim<128>(job, gpu);
 }
 

@@ -2,7 +2,7 @@
 //
 // A job holds pointers to device memory and sizes, no ownership. launch_<name>() checks what the
 // kernel requires and enqueues it on the GPU's stream. Read next: rows.cu, packed_matvec.cu,
-// packed_gemm.cu, twin_gemm.cu, dense_linear.cu, heads.cu, attention_decode.cu.
+// packed_gemm.cu, twin_gemm.cu, dense_linear.cu, heads.cu, attention_decode.cu, attention_wgmma.cu.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -181,6 +181,9 @@ int64_t attention_splits(int64_t rows, int64_t n_kv_heads, int64_t max_keys, con
 int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits);
 void launch_attention_decode(const AttentionJob& job, const Gpu& gpu);
 bool attention_prefill_takes(const CacheView& cache, int64_t rows);
+/// By the GPU this kernel or the one below.
 void launch_attention_prefill(const AttentionJob& job, const Gpu& gpu);
+bool attention_wgmma_takes(const CacheView& cache, const Gpu& gpu);
+void launch_attention_wgmma(const AttentionJob& job, const Gpu& gpu);
 
 }  // namespace tq::cuda

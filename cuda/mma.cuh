@@ -24,6 +24,12 @@ __device__ inline void mma_s8(IntTile& d, const uint32_t* a, uint32_t b0, uint32
         "r"(c.at[2]), "r"(c.at[3]));
 }
 
+/// Two f16, the lower one in the lower half: a word of the operands below.
+__device__ inline uint32_t pack_half(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
 /// acc += A B with A [16, 16] and B [16, 8] of f16, f32 sums. Lane l: A words are rows l/4,
 /// l/4 + 8 at columns 2 (l % 4).., then both 8 columns further; B words column l/4, rows 2 (l %
 /// 4).., then 8 further; acc as in IntTile.

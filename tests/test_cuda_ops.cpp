@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <limits>
+#include <numeric>
 
 #include "cuda/cuda_backend.h"
 #include "model/error.h"
@@ -494,9 +495,24 @@ Config attention_config(int64_t n_heads, int64_t n_kv_heads, int64_t head_dim) {
 struct AttentionCase {
   int64_t n_heads, n_kv_heads, head_dim;
   int kv_bits;
+  std::vector<int64_t> steps = {1, 70, 1, 5, 130, 1, 16, 1};  // rows
 };
 
-// Rope on q and k, then attention, over steps of several sizes: what a session does.
+// A step as long as the cache whose keys and values are NaN.
+void fill_with_nan(Backend& backend, const Config& config, KvCache& cache, int64_t ctx) {
+  const auto filled = [&](int64_t cols, float value) {
+    return to_device(backend, std::vector<float>(static_cast<size_t>(ctx * cols), value));
+  };
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const BufferPtr q = filled(config.q_dim(), 1.0f);
+  const BufferPtr k = filled(config.kv_dim(), nan), v = filled(config.kv_dim(), nan);
+  const BufferPtr out = backend.alloc(ctx * config.q_dim());
+  backend.attention(*q, *k, *v, config, cache, 1, 0, ctx, *out);
+  to_host(backend, *out, 1);
+}
+
+// Rope on q and k, then attention, over steps of several sizes: what a session does. The cache is
+// full of NaN when it begins: what stands behind the last key must not matter.
 void compare_attention(Backend& cpu, Backend& gpu, const AttentionCase& c, uint32_t seed) {
   SCOPED_TRACE(testing::Message() << c.n_heads << " heads, " << c.n_kv_heads << " of keys, of "
                                   << c.head_dim << ", " << c.kv_bits << " bits, seed " << seed);
@@ -506,13 +522,14 @@ void compare_attention(Backend& cpu, Backend& gpu, const AttentionCase& c, uint3
     rope.inv_freq.push_back(
         std::pow(10000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(c.head_dim)));
   }
-  const int64_t ctx = 400;
+  const int64_t ctx = std::reduce(c.steps.begin(), c.steps.end()) + 175;
   std::vector<float> results[2];
   std::vector<double> sizes;  // of q, k, v
   for (Backend* backend : {&cpu, &gpu}) {
     const auto cache = backend->make_kv_cache(config, ctx, c.kv_bits);
     int64_t pos = 0;
-    for (int64_t rows : {1, 70, 1, 5, 130, 1, 16, 1}) {
+    fill_with_nan(*backend, config, *cache, ctx);
+    for (const int64_t rows : c.steps) {
       const auto data = [&](int64_t heads, uint32_t salt) {
         return random_floats(rows * heads * c.head_dim, seed + static_cast<uint32_t>(pos) + salt);
       };
@@ -559,6 +576,20 @@ TEST_F(Cuda, AttentionAgreesWithTheCpu) {
       compare_attention(cpu(), gpu(), {heads, kv_heads, head_dim, kv_bits}, 5);
       if (HasFatalFailure()) return;
     }
+  }
+}
+
+// More blocks of queries than a GPU has multiprocessors, and many times the keys of a tile.
+TEST_F(Cuda, AttentionOfManyRowsAgreesWithTheCpu) {
+  const std::vector<int64_t> steps = {1500, 17, 300};
+  compare_attention(cpu(), gpu(), {12, 4, 64, 16, steps}, 6);
+  compare_attention(cpu(), gpu(), {12, 4, 128, 16, steps}, 7);
+  compare_attention(cpu(), gpu(), {2, 2, 128, 16, steps}, 8);
+  compare_attention(cpu(), gpu(), {5, 1, 80, 16, steps}, 9);
+  for (int kv_bits : {8, 4}) {
+    compare_attention(cpu(), gpu(), {12, 4, 64, kv_bits, steps}, 10);
+    compare_attention(cpu(), gpu(), {5, 1, 128, kv_bits, steps}, 11);
+    compare_attention(cpu(), gpu(), {2, 2, 104, kv_bits, steps}, 12);
   }
 }
 
