@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
@@ -92,6 +93,10 @@ struct Bench {
   DeviceMemory random_floats(int64_t count) {
     std::normal_distribution<float> normal;
     return random<float>(count, [&] { return normal(generator); });
+  }
+  DeviceMemory random_halves(int64_t count) {
+    std::normal_distribution<float> normal;
+    return random<__half>(count, [&] { return __float2half(normal(generator)); });
   }
   DeviceMemory random_scales(int64_t count) {
     return random<__half>(count, [&] {
@@ -327,8 +332,8 @@ void bench_heads(Bench& bench, int64_t rows) {
   bench.records.push_back({{"kernel", "heads"}, {"rows", rows}, {"us", us}});
 }
 
-void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
-  const int64_t n_heads = 32, n_kv_heads = 8, head_dim = 128, ctx = pos0 + rows;
+void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits, int64_t head_dim) {
+  const int64_t n_heads = 32, n_kv_heads = 8, ctx = pos0 + rows;
   CacheView cache = {};
   cache.bits = bits;
   cache.ctx = ctx;
@@ -341,10 +346,10 @@ void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
                 : static_cast<int>(std::clamp<int64_t>(
                       3 * bench.gpu.facts.l2_bytes / (2 * vectors * cache.vector_bytes), 2, 30));
   std::vector<DeviceMemory> keys, values, scales;
-  for (int i = 0; i < copies; ++i) {  // f16 of small size, or codes
-    const int64_t halves = vectors * cache.vector_bytes / 2;
-    keys.push_back(bench.random_scales(halves));
-    values.push_back(bench.random_scales(halves));
+  for (int i = 0; i < copies; ++i) {
+    const int64_t bytes = vectors * cache.vector_bytes;
+    keys.push_back(bits == 16 ? bench.random_halves(bytes / 2) : bench.random_bytes(bytes));
+    values.push_back(bits == 16 ? bench.random_halves(bytes / 2) : bench.random_bytes(bytes));
     scales.push_back(bench.random_scales(2 * vectors));
   }
   const DeviceMemory q = bench.random_floats(rows * n_heads * head_dim);
@@ -356,7 +361,7 @@ void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
   job.out = out.as<float>();
   job.rows = rows;
   job.n_heads = n_heads;
-  job.scale = 0.0883883f;
+  job.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim)));
   job.input = input.as<StepInput>();
   job.n_splits = attention_splits(rows, n_kv_heads, ctx, bench.gpu);
   const DeviceMemory partials(attention_partials(rows, n_heads, head_dim, job.n_splits) * 4 + 16,
@@ -364,8 +369,8 @@ void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
   job.partials = partials.as<float>();
   const DeviceMemory counters(kAttentionCounters * 4, "bench");
   job.counters = counters.as<int32_t>();
-  const double us = bench.time(copies, [&](int i) {
-    const size_t at = static_cast<size_t>(i);
+  const double us = bench.time(rows > 16 ? 8 : copies, [&](int i) {
+    const size_t at = static_cast<size_t>(i % copies);
     job.cache = cache;
     job.cache.keys = keys[at].as<uint8_t>();
     job.cache.values = values[at].as<uint8_t>();
@@ -382,12 +387,14 @@ void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits) {
   const double bytes =
       static_cast<double>(2 * vectors * (cache.vector_bytes + (bits < 16 ? 4 : 0)));
   std::printf(
-      "attention %5lld rows after %6lld, %2d bits: %9.2f us %7.1f TFLOP/s %7.2f TB/s %5.1f %%\n",
-      static_cast<long long>(rows), static_cast<long long>(pos0), bits, us, ops / us * 1e-6,
-      bytes / us * 1e-6, 100 * bytes / us * 1e6 / bench.bandwidth);
+      "attention %5lld rows after %6lld, head_dim %3lld, %2d bits: %9.2f us %7.1f TFLOP/s %7.2f "
+      "TB/s %5.1f %%\n",
+      static_cast<long long>(rows), static_cast<long long>(pos0), static_cast<long long>(head_dim),
+      bits, us, ops / us * 1e-6, bytes / us * 1e-6, 100 * bytes / us * 1e6 / bench.bandwidth);
   bench.records.push_back({{"kernel", "attention"},
                            {"rows", rows},
                            {"keys_before", pos0},
+                           {"head_dim", head_dim},
                            {"kv_bits", bits},
                            {"us", us},
                            {"tflops", ops / us * 1e-6},
@@ -421,10 +428,14 @@ void run(const std::string& part, const std::string& json) {
   }
   if (wanted("attention")) {
     for (const int bits : {16, 8, 4}) {
-      for (const int64_t pos0 : {512, 4096, 32768}) bench_attention(bench, 1, pos0, bits);
-      bench_attention(bench, 2048, 0, bits);
+      for (const int64_t pos0 : {512, 4096, 32768}) bench_attention(bench, 1, pos0, bits, 128);
+      for (const int64_t head_dim : {64, 128}) {
+        for (const int64_t rows : {1024, 2048, 4096}) {
+          bench_attention(bench, rows, 0, bits, head_dim);
+        }
+      }
     }
-    bench_attention(bench, 4096, 0, 16);
+    bench_attention(bench, 512, 32256, 16, 128);
   }
   if (json.empty()) return;
   const Json report = {{"gpu", bench.gpu.facts.name},
