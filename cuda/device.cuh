@@ -117,6 +117,11 @@ __device__ inline void store_output(const PackedSegment& segment, int64_t token,
   if (segment.stream) segment.stream[at] += value;
 }
 
+/// Asks for the 128 bytes around `at` to be in the second-level cache soon.
+__device__ inline void prefetch(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 /// Lets the next kernel of the stream be placed while this one runs, and waits for the one before:
 /// everything that an earlier kernel wrote may be read from here on. What no kernel writes
 /// (weights) may be read before.

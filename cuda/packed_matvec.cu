@@ -70,6 +70,20 @@ struct Stream {
       }
     }
   }
+  /// What load_weights(warp, ...) leaves of a panel goes to the second-level cache while the kernel
+  /// ahead still runs: the memory would be idle otherwise.
+  __device__ static void prefetch_rest(const FragmentView& w, int64_t panel) {
+    constexpr int kLoaded = kWarps * kUnroll / 2, kLines = 8;  // blocks of 128 columns; in one
+    const int n_lines = static_cast<int>(w.padded_cols / kBlockCols) * kLines;
+    const uint4* codes = panel_codes(w, panel);
+    for (int i = kLoaded * kLines + threadIdx.x; i < n_lines; i += kWarps * kWarp) {
+      prefetch(codes + i / kLines * kSetCodes + i % kLines * 8);
+    }
+    const int first_group = static_cast<int>(kLoaded * kBlockCols >> w.group_shift);
+    for (int i = first_group + threadIdx.x; i < w.n_groups; i += kWarps * kWarp) {
+      prefetch(panel_scales(w, panel) + i * kSetScales);
+    }
+  }
   __device__ void load_tokens(int first, int n_blocks, Loads& to) const {
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
@@ -144,6 +158,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   const int n_blocks = static_cast<int>(segment.w.cols + 63) / 64;
   const Columns residual(segment.w, job.x, panel);
   residual.load_weights(warp, n_blocks, loads[0]);
+  Columns::prefetch_rest(segment.w, panel);
   begin_kernel();
   residual.run(n_blocks, loads, sums);
   if (segment.b.n_panels > 0) {

@@ -415,12 +415,16 @@ __device__ double load_elements(const RowsJob& job, int64_t at, int i, bool own,
 
 __global__ void __launch_bounds__(1024)
     rows_kernel(const __grid_constant__ RowsJob job, int chunk) {
-  begin_kernel();
   extern __shared__ float v[];  // columns [begin, end)
   __shared__ double sums[kWarp];
   const int64_t row = blockIdx.x, first = row * job.cols;
   const int cols = static_cast<int>(job.cols);
   const int begin = blockIdx.y * chunk, end = min(begin + chunk, cols);
+  for (int i = begin + threadIdx.x * 32; i < end; i += blockDim.x * 32) {  // no kernel writes them
+    if (job.gain) prefetch(job.gain + i);
+    if (job.signs) prefetch(job.signs + i);
+  }
+  begin_kernel();
   const auto own = [&](int i) { return i >= begin && i < end; };
   // The norm needs the squares of all columns, also where several blocks share a row.
   const int load_begin = job.gain ? 0 : begin, load_end = job.gain ? cols : end;
@@ -466,9 +470,9 @@ constexpr int kPlaces = 128, kBaseWarps = 12;
 template <int kM>
 __global__ void __launch_bounds__(kBaseWarps* kWarp)
     base_kernel(const __grid_constant__ RowsJob job) {
-  begin_kernel();
   __shared__ float base[kM * kM], v[kM][kPlaces];
   load_base(job, base);
+  begin_kernel();
   const int64_t row = blockIdx.x;
   const int block = static_cast<int>(job.block), inner = block / kM;
   const int stretches = inner / kPlaces;  // of a part
