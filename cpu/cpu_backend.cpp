@@ -121,6 +121,13 @@ void CpuBackend::download(const DeviceBuffer& src, int64_t offset, std::span<flo
   if (!out.empty()) std::memcpy(out.data(), buffer.data() + offset, out.size_bytes());
 }
 
+void CpuBackend::top(const DeviceBuffer& src, int64_t n, int64_t count,
+                     std::vector<Candidate>& out) {
+  const CpuBuffer& buffer = as_cpu(src);
+  check_size(buffer, n);
+  top_candidates({buffer.data(), static_cast<size_t>(n)}, count, out);
+}
+
 std::unique_ptr<PreparedLinear> CpuBackend::prepare(const Linear& linear) {
   return std::make_unique<CpuLinear>(linear, n_threads_);
 }

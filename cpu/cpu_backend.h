@@ -27,6 +27,7 @@ class CpuBackend : public Backend {
   BufferPtr alloc(int64_t n_floats) override;
   void upload(DeviceBuffer& dst, std::span<const float> src) override;
   void download(const DeviceBuffer& src, int64_t offset, std::span<float> out) override;
+  void top(const DeviceBuffer& src, int64_t n, int64_t count, std::vector<Candidate>& out) override;
 
   std::unique_ptr<PreparedLinear> prepare(const Linear& linear) override;
   std::unique_ptr<PreparedTable> prepare_table(const Matrix& table) override;

@@ -3,6 +3,7 @@
 #include "cuda/cuda_backend.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <limits>
 
@@ -64,6 +65,13 @@ Op make_op(OpKind kind, int64_t rows, int64_t cols) {
   return op;
 }
 
+// What a key of TopJob stands for.
+Candidate candidate_of(uint64_t key) {
+  const uint32_t order = static_cast<uint32_t>(key >> 32);
+  const uint32_t bits = order >> 31 ? order ^ 0x80000000u : ~order;
+  return {std::bit_cast<float>(bits), static_cast<int32_t>(~static_cast<uint32_t>(key))};
+}
+
 class CudaBackend : public Backend {
  public:
   CudaBackend(int index, bool portable) : queue_(std::make_shared<Queue>(index, portable)) {}
@@ -104,6 +112,32 @@ class CudaBackend : public Backend {
       queue_->wait();
       std::memcpy(out.data() + begin, download_.as<void>(), bytes);
     }
+  }
+
+  void top(const DeviceBuffer& src, int64_t n, int64_t count,
+           std::vector<Candidate>& out) override {
+    const float* from = data_of(src, n);
+    if (count == 0 || count > std::min(n, kMaxTop)) {
+      std::vector<float> all(static_cast<size_t>(n));
+      download(src, 0, all);
+      return top_candidates(all, count, out);
+    }
+    if (top_.size() == 0) {
+      top_ = DeviceMemory(kMaxTop * 8, "candidates");
+      pinned_top_ = PinnedMemory(kMaxTop * 8);
+    }
+    Op op = make_op(OpKind::kTop, count, n);
+    op.x = from;
+    op.out = top_.as<float>();
+    queue_->record(op);
+    queue_->flush();
+    cuda_check(
+        cudaMemcpyAsync(pinned_top_.as<void>(), top_.as<void>(), static_cast<size_t>(count * 8),
+                        cudaMemcpyDeviceToHost, queue_->gpu().stream),
+        "downloading");
+    queue_->wait();
+    out.clear();
+    for (int64_t i = 0; i < count; ++i) out.push_back(candidate_of(pinned_top_.as<uint64_t>()[i]));
   }
 
   std::unique_ptr<PreparedLinear> prepare(const Linear& linear) override {
@@ -251,7 +285,8 @@ class CudaBackend : public Backend {
 
   std::shared_ptr<Queue> queue_;
   RopeAngles angles_;
-  PinnedMemory download_;
+  PinnedMemory download_, pinned_top_;
+  DeviceMemory top_;  // keys of TopJob
   int64_t step_rows_ = 0;
 };
 

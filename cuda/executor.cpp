@@ -290,6 +290,12 @@ size_t Executor::run(std::span<const Op> ops, Arena arena) {
       case OpKind::kTransform:
         run_transform(op, arena);
         break;
+      case OpKind::kTop: {
+        uint64_t* scratch = arena.take<uint64_t>(top_scratch(op.cols, op.rows));
+        uint64_t* keys = reinterpret_cast<uint64_t*>(op.out);
+        if (launching) launch_top({op.x, op.cols, op.rows, keys, scratch}, gpu_);
+        break;
+      }
       default:
         TQ_CHECK(false, "an operation without a kernel");
     }

@@ -83,6 +83,17 @@ void launch_add(float* x, const float* y, int64_t count, const Gpu& gpu);
 void launch_silu_mul(float* gate, const float* up, int64_t count, const Gpu& gpu);
 void launch_copy(const float* from, float* to, int64_t count, const Gpu& gpu);
 
+/// The count largest of x[0, n), as top_candidates() (model/sampler.h) orders them.
+struct TopJob {
+  const float* x;
+  int64_t n, count;
+  uint64_t* keys;     // [count] in 32 bits the order of the number, in 32 bits ~index
+  uint64_t* scratch;  // top_scratch() keys
+};
+constexpr int64_t kMaxTop = 1024;
+int64_t top_scratch(int64_t n, int64_t count);
+void launch_top(const TopJob& job, const Gpu& gpu);
+
 /// y[m, out] (+)= x[m, in] W^T in f32, any storage.
 struct DenseJob {
   CanonicalView w;

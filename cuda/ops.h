@@ -21,7 +21,8 @@ enum class OpKind : int32_t {
   kSiluMul,
   kAdd,
   kTransform,
-  kCopyRows
+  kCopyRows,
+  kTop
 };
 
 constexpr int kMaxLinears = 4;
@@ -29,13 +30,14 @@ constexpr int kMaxLinears = 4;
 /// One recorded operation. Compared byte by byte: no padding, unused fields are zero.
 struct Op {
   OpKind kind;
-  int32_t n_linears;   // linears
-  int64_t rows, cols;  // rms_norm, linears (in_dim), silu_mul, add (cols = count), copy_rows
-  const float* x;      // first input: x, q, src
-  const float* y;      // second input: gain, up, y, k
-  const float* z;      // third: v
-  float* out;          // out, in place where the operation is
-  const void* object;  // table, transform, cache, rope angles
+  int32_t n_linears;  // linears
+  int64_t rows,
+      cols;  // rms_norm, linears (in_dim), silu_mul, add (cols = count), copy_rows, top (cols = n)
+  const float* x;                                // first input: x, q, src
+  const float* y;                                // second input: gain, up, y, k
+  const float* z;                                // third: v
+  float* out;                                    // out, in place where the operation is
+  const void* object;                            // table, transform, cache, rope angles
   int64_t n_heads, n_kv_heads, head_dim, layer;  // rope, attention
   float eps;
   int32_t inverse;  // transform

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "model/sampler.h"
 #include "model/weights.h"
 
 namespace tq {
@@ -58,6 +59,10 @@ class Backend {
   virtual void upload(DeviceBuffer& dst, std::span<const float> src) = 0;
   /// Copies `out.size()` floats from element `offset` on; waits for all earlier operations.
   virtual void download(const DeviceBuffer& src, int64_t offset, std::span<float> out) = 0;
+
+  /// The `count` (0: all) largest of the first n floats, as top_candidates() orders them; waits.
+  virtual void top(const DeviceBuffer& src, int64_t n, int64_t count,
+                   std::vector<Candidate>& out) = 0;
 
   /// Moves or repacks weights for this device, once, at load.
   virtual std::unique_ptr<PreparedLinear> prepare(const Linear& linear) = 0;

@@ -194,15 +194,21 @@ void Session::run_chunk(std::span<const int32_t> tokens) {
   position_ += rows;
 }
 
-std::span<const float> Session::compute_logits(int64_t first_row, int64_t rows) {
+// logits_device_ <- the head's outputs for rows of the last chunk.
+void Session::run_head(int64_t first_row, int64_t rows) {
   Backend& backend = model_.backend();
   const Config& config = model_.config();
   backend.copy_rows(*acts_.x, first_row, rows, config.dim, *head_in_);
   if (model_.output_basis_) backend.transform(*head_in_, rows, *model_.output_basis_, true);
   backend.rms_norm(*head_in_, *model_.final_norm_, config.norm_eps, rows, config.dim, *head_in_);
   run_linears(backend, {model_.lm_head_.get()}, *head_in_, rows, {logits_device_.get()});
+}
+
+std::span<const float> Session::compute_logits(int64_t first_row, int64_t rows) {
+  const Config& config = model_.config();
+  run_head(first_row, rows);
   const std::span<float> logits(logits_.data(), static_cast<size_t>(rows * config.vocab_size));
-  backend.download(*logits_device_, 0, logits);
+  model_.backend().download(*logits_device_, 0, logits);
   // Rows that pad the vocabulary to a round size are noise, loud noise in a 4-bit head.
   if (options_.valid_vocab > 0) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -214,7 +220,8 @@ std::span<const float> Session::compute_logits(int64_t first_row, int64_t rows) 
   return logits;
 }
 
-std::span<const float> Session::feed(std::span<const int32_t> tokens) {
+// All of `tokens`; how many the last chunk had.
+int64_t Session::run_chunks(std::span<const int32_t> tokens) {
   TQ_CHECK(!tokens.empty());
   check_fits(tokens);
   int64_t rows = 0;
@@ -225,7 +232,19 @@ std::span<const float> Session::feed(std::span<const int32_t> tokens) {
     model_.backend().end_step();
     tokens = tokens.subspan(static_cast<size_t>(rows));
   }
-  return compute_logits(rows - 1, 1);
+  return rows;
+}
+
+std::span<const float> Session::feed(std::span<const int32_t> tokens) {
+  return compute_logits(run_chunks(tokens) - 1, 1);
+}
+
+std::span<const Candidate> Session::feed_top(std::span<const int32_t> tokens, int64_t count) {
+  run_head(run_chunks(tokens) - 1, 1);
+  const int64_t vocab = model_.config().vocab_size;
+  const int64_t n = options_.valid_vocab > 0 ? std::min(options_.valid_vocab, vocab) : vocab;
+  model_.backend().top(*logits_device_, n, count, candidates_);
+  return candidates_;
 }
 
 void Session::feed_all(std::span<const int32_t> tokens, const LogitsSink& sink) {

@@ -93,6 +93,9 @@ class Session {
   /// Appends tokens and returns the logits after the last one, [vocab_size], valid until the next
   /// call. Throws kBadData if an id is out of range or the timeline would exceed ctx.
   std::span<const float> feed(std::span<const int32_t> tokens);
+  /// The same, but only the `count` (0: all) largest, as top_candidates() orders them: all that
+  /// sampling needs, and little to bring from a device. Ids from valid_vocab on are no candidates.
+  std::span<const Candidate> feed_top(std::span<const int32_t> tokens, int64_t count);
   /// Appends tokens; calls `sink(first, rows, logits)` for consecutive blocks of them in order:
   /// logits [rows, vocab_size] belong to tokens[first], tokens[first + 1], ...
   using LogitsSink =
@@ -104,7 +107,9 @@ class Session {
   int64_t ctx() const { return options_.ctx; }
 
  private:
+  int64_t run_chunks(std::span<const int32_t> tokens);
   void run_chunk(std::span<const int32_t> tokens);
+  void run_head(int64_t first_row, int64_t rows);
   std::span<const float> compute_logits(int64_t first_row, int64_t rows);
   void check_fits(std::span<const int32_t> tokens) const;
 
@@ -116,6 +121,7 @@ class Session {
   BufferPtr head_in_;          // [kLogitRows, dim]
   BufferPtr logits_device_;    // [kLogitRows, vocab_size]
   std::vector<float> logits_;  // [kLogitRows, vocab_size]
+  std::vector<Candidate> candidates_;
 };
 
 }  // namespace tq

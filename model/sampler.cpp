@@ -18,35 +18,42 @@ double Sampler::uniform() {
   return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1.0p-53;
 }
 
-int32_t argmax(std::span<const float> logits) {
-  return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+void top_candidates(std::span<const float> logits, int64_t count, std::vector<Candidate>& out) {
+  // Ties by id, so that the order, and with it the draw, does not depend on the sort.
+  const auto before = [](const Candidate& a, const Candidate& b) {
+    if (std::isnan(a.logit) != std::isnan(b.logit)) return std::isnan(a.logit);
+    return a.logit > b.logit || (!(a.logit < b.logit) && a.id < b.id);
+  };
+  const size_t keep =
+      count > 0 ? std::min(static_cast<size_t>(count), logits.size()) : logits.size();
+  out.clear();
+  for (size_t id = 0; id < logits.size(); ++id) {  // a heap, the last to be kept in front
+    const Candidate candidate{logits[id], static_cast<int32_t>(id)};
+    if (out.size() == keep) {
+      if (!before(candidate, out.front())) continue;
+      std::pop_heap(out.begin(), out.end(), before);
+      out.pop_back();
+    }
+    out.push_back(candidate);
+    std::push_heap(out.begin(), out.end(), before);
+  }
+  std::sort_heap(out.begin(), out.end(), before);
 }
 
-int32_t Sampler::sample(std::span<const float> logits) {
-  TQ_CHECK(!logits.empty());
-  for (float logit : logits) TQ_CHECK(!std::isnan(logit), "a logit is not a number");
-  if (options_.temperature <= 0) return argmax(logits);
+int32_t Sampler::sample(std::span<const Candidate> candidates) {
+  TQ_CHECK(!candidates.empty());
+  TQ_CHECK(!std::isnan(candidates[0].logit), "a logit is not a number");
+  if (options_.temperature <= 0) return candidates[0].id;
 
-  candidates_.clear();
-  for (size_t id = 0; id < logits.size(); ++id) {
-    if (std::isinf(logits[id]) && logits[id] < 0) continue;
-    candidates_.emplace_back(logits[id], static_cast<int32_t>(id));
+  size_t keep = candidates.size();
+  while (keep > 0 && std::isinf(candidates[keep - 1].logit) && candidates[keep - 1].logit < 0) {
+    --keep;
   }
-  TQ_CHECK(!candidates_.empty(), "every logit is -inf");
-  // Ties by id, so that the order, and with it the draw, does not depend on the sort.
-  const auto before = [](const auto& a, const auto& b) {
-    return a.first != b.first ? a.first > b.first : a.second < b.second;
-  };
-  size_t keep = candidates_.size();
-  if (options_.top_k > 0) keep = std::min(keep, static_cast<size_t>(options_.top_k));
-  std::partial_sort(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(keep),
-                    candidates_.end(), before);
-  candidates_.resize(keep);
-
+  TQ_CHECK(keep > 0, "every logit is -inf");
   std::vector<double> weights(keep);
   double total = 0;
   for (size_t i = 0; i < keep; ++i) {
-    weights[i] = std::exp((candidates_[i].first - candidates_[0].first) / options_.temperature);
+    weights[i] = std::exp((candidates[i].logit - candidates[0].logit) / options_.temperature);
     total += weights[i];
   }
   if (options_.top_p < 1.0) {
@@ -66,9 +73,9 @@ int32_t Sampler::sample(std::span<const float> logits) {
   double point = uniform() * total;
   for (size_t i = 0; i + 1 < keep; ++i) {
     point -= weights[i];
-    if (point < 0) return candidates_[i].second;
+    if (point < 0) return candidates[i].id;
   }
-  return candidates_[keep - 1].second;
+  return candidates[keep - 1].id;
 }
 
 }  // namespace tq

@@ -1,12 +1,12 @@
 // sampler - from logits to the next token id, reproducible from a seed on every machine.
 //
 // Order of the filters as in transformers: temperature, top-k, top-p, min-p. Own random numbers,
-// because std:: distributions differ between standard libraries.
+// because std:: distributions differ between standard libraries. Top-k comes first here, so that a
+// device need not send what will not be drawn (Backend::top); the order of the two does not matter.
 #pragma once
 
 #include <cstdint>
 #include <span>
-#include <utility>
 #include <vector>
 
 namespace tq {
@@ -19,20 +19,27 @@ struct SamplerOptions {
   uint64_t seed = 0;
 };
 
+/// A token that may come next.
+struct Candidate {
+  float logit;
+  int32_t id;
+};
+/// The `count` (0: all) largest logits, largest first, the lower id first on ties, NaN before all.
+void top_candidates(std::span<const float> logits, int64_t count, std::vector<Candidate>& out);
+
 class Sampler {
  public:
   explicit Sampler(const SamplerOptions& options);
-  /// Next id. Logits of -inf are never chosen. Throws kInternal if a logit is NaN.
-  int32_t sample(std::span<const float> logits);
+  /// How many of the largest logits sample() looks at; 0 = all.
+  int64_t n_candidates() const { return options_.temperature <= 0 ? 1 : options_.top_k; }
+  /// Next id. `candidates`: the n_candidates() largest, as top_candidates() orders them. Logits of
+  /// -inf are never chosen. Throws kInternal if the largest is NaN.
+  int32_t sample(std::span<const Candidate> candidates);
 
  private:
   double uniform();  // [0, 1), 53 bits
   SamplerOptions options_;
   uint64_t state_;
-  std::vector<std::pair<float, int32_t>> candidates_;
 };
-
-/// Id of the largest value, the lowest one on ties.
-int32_t argmax(std::span<const float> logits);
 
 }  // namespace tq

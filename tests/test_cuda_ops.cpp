@@ -593,6 +593,31 @@ TEST_F(Cuda, AttentionOfManyRowsAgreesWithTheCpu) {
   }
 }
 
+// Whole numbers: many ties, and the order is exact.
+TEST_F(Cuda, TopEqualsTheCpu) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  for (int64_t n : {1, 5, 2048, 2049, 151936}) {
+    for (int64_t count : {1, 2, 20, 50, 1000, 1024, 0}) {
+      SCOPED_TRACE(testing::Message() << count << " of " << n);
+      std::vector<float> x = random_floats(n, static_cast<uint32_t>(n + count));
+      for (float& value : x) value = std::round(value * 1000);  // -0 too
+      for (size_t i = 7; i < x.size(); i += 13) x[i] = i % 2 ? -kInf : kInf;
+      if (n == 2049) x[2048] = x[5] = std::numeric_limits<float>::quiet_NaN();
+      std::vector<Candidate> results[2];
+      for (Backend* backend : {&cpu(), &gpu()}) {
+        const BufferPtr buffer = to_device(*backend, x);
+        backend->top(*buffer, n, count, results[backend == &gpu()]);
+      }
+      ASSERT_EQ(results[1].size(), results[0].size());
+      for (size_t i = 0; i < results[0].size(); ++i) {
+        ASSERT_EQ(results[1][i].id, results[0][i].id) << "candidate " << i;
+        if (std::isnan(results[0][i].logit)) continue;
+        ASSERT_EQ(results[1][i].logit, results[0][i].logit) << "candidate " << i;
+      }
+    }
+  }
+}
+
 // Greedy logits of a whole model, token by token: steps repeat, so graphs are captured and
 // replayed.
 TEST_F(Cuda, SessionsOfRepeatedStepsAgreeWithTheCpu) {

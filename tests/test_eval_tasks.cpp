@@ -17,7 +17,7 @@ const std::string kModel = std::string(TQ_FIXTURES) + "/stories260k";
 // Prompts of the first question, "context|continuation" each.
 std::vector<std::string> prompts(const Task& task) {
   std::vector<std::string> texts;
-  for (const Candidate& c : task.questions.at(0).candidates) {
+  for (const AnswerCandidate& c : task.questions.at(0).candidates) {
     texts.push_back(c.context + "|" + c.continuation);
   }
   return texts;

@@ -5,6 +5,7 @@
 #include <limits>
 #include <map>
 
+#include "model/error.h"
 #include "model/sampler.h"
 
 namespace tq {
@@ -12,15 +13,22 @@ namespace {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
+int32_t sample(Sampler& sampler, const std::vector<float>& logits) {
+  std::vector<Candidate> candidates;
+  top_candidates(logits, sampler.n_candidates(), candidates);
+  return sampler.sample(candidates);
+}
+
 std::map<int32_t, int> draw(SamplerOptions options, const std::vector<float>& logits, int count) {
   Sampler sampler(options);
   std::map<int32_t, int> seen;
-  for (int i = 0; i < count; ++i) ++seen[sampler.sample(logits)];
+  for (int i = 0; i < count; ++i) ++seen[sample(sampler, logits)];
   return seen;
 }
 
 TEST(Sampler, GreedyTakesTheLowestIdOnTies) {
-  EXPECT_EQ(Sampler({}).sample(std::vector<float>{1, 3, 3, 2}), 1);
+  Sampler greedy({});
+  EXPECT_EQ(sample(greedy, {1, 3, 3, 2}), 1);
 }
 
 TEST(Sampler, FrequenciesFollowTheSoftmax) {
@@ -83,11 +91,33 @@ TEST(Sampler, SameSeedSameDraws) {
   Sampler c(options);
   int differ = 0;
   for (int i = 0; i < 100; ++i) {
-    const int32_t id = a.sample(logits);
-    EXPECT_EQ(id, b.sample(logits));
-    differ += id != c.sample(logits);
+    const int32_t id = sample(a, logits);
+    EXPECT_EQ(id, sample(b, logits));
+    differ += id != sample(c, logits);
   }
   EXPECT_GT(differ, 50);
+}
+
+TEST(Sampler, CandidatesAreSortedWithTiesByIdAndNanFirst) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const auto ids = [](const std::vector<float>& logits, int64_t count) {
+    std::vector<Candidate> candidates;
+    top_candidates(logits, count, candidates);
+    std::vector<int32_t> result;
+    for (const Candidate& candidate : candidates) result.push_back(candidate.id);
+    return result;
+  };
+  using Ids = std::vector<int32_t>;
+  EXPECT_EQ(ids({0.0f, 2, -0.0f, 2, 1}, 4), (Ids{1, 3, 4, 0}));
+  EXPECT_EQ(ids({0.0f, 2, -0.0f, 2, 1}, 0), (Ids{1, 3, 4, 0, 2}));
+  EXPECT_EQ(ids({5, 1, 7}, 9), (Ids{2, 0, 1}));
+  EXPECT_EQ(ids({kMinusInf, 1, nan, 2}, 2), (Ids{2, 3}));
+  EXPECT_EQ(ids({kMinusInf, kMinusInf}, 1), (Ids{0}));
+}
+
+TEST(Sampler, NanIsNotSampled) {
+  Sampler greedy({});
+  EXPECT_THROW(sample(greedy, {1, std::numeric_limits<float>::quiet_NaN()}), Error);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // cmd_bench - `tq bench`: prefill and decode speed, and how much of the memory's read bandwidth
-// decoding uses. Tokenisation and sampling are outside the timed part.
+// decoding uses. Tokenisation is outside the timed part, and so is sampling but for the choice of
+// the likeliest token.
 #include <omp.h>
 
 #include <algorithm>
@@ -125,10 +126,10 @@ void bench(const BenchOptions& options) {
     check_interrupted();
     session.truncate(0);
     if (i <= 0) op_times.clear();
-    const double prefill_seconds = seconds_of([&] { session.feed(prompt); });
+    const double prefill_seconds = seconds_of([&] { session.feed_top(prompt, 1); });
     const double decode_seconds = seconds_of([&] {
       for (int64_t t = 0; t < options.decode; ++t) {
-        session.feed(std::span(&ids[static_cast<size_t>(options.prompt + t)], 1));
+        session.feed_top(std::span(&ids[static_cast<size_t>(options.prompt + t)], 1), 1);
       }
     });
     if (i < 0) continue;

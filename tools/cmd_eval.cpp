@@ -240,7 +240,7 @@ std::vector<std::vector<EncodedCandidate>> encode_questions(const Runtime& runti
   for (const Question& question : task.questions) {
     const std::string where = path + ", line " + std::to_string(question.line);
     encoded.emplace_back();
-    for (const Candidate& candidate : question.candidates) {
+    for (const AnswerCandidate& candidate : question.candidates) {
       encoded.back().push_back(encode_candidate(runtime.tokenizer, candidate, where));
       const int64_t fed = static_cast<int64_t>(encoded.back().back().ids.size()) - 1;
       if (fed > runtime.model.config.max_seq_len) {

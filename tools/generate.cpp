@@ -113,7 +113,7 @@ GenerateResult generate(Session& session, const Tokenizer& tokenizer,
   };
 
   auto start = std::chrono::steady_clock::now();
-  std::span<const float> logits = session.feed(prompt);
+  std::span<const Candidate> candidates = session.feed_top(prompt, sampler.n_candidates());
   result.prefill_seconds = seconds_since(start);
   start = std::chrono::steady_clock::now();
   while (true) {
@@ -125,7 +125,7 @@ GenerateResult generate(Session& session, const Tokenizer& tokenizer,
       result.reason = FinishReason::kMaxTokens;
       break;
     }
-    const int32_t id = sampler.sample(logits);
+    const int32_t id = sampler.sample(candidates);
     result.ids.push_back(id);
     if (std::find(options.stop_ids.begin(), options.stop_ids.end(), id) != options.stop_ids.end()) {
       result.reason = FinishReason::kStopToken;
@@ -142,7 +142,7 @@ GenerateResult generate(Session& session, const Tokenizer& tokenizer,
       break;
     }
     if (static_cast<int64_t>(result.ids.size()) < options.max_tokens) {
-      logits = session.feed(std::span(&id, 1));
+      candidates = session.feed_top(std::span(&id, 1), sampler.n_candidates());
     }
   }
   result.decode_seconds = seconds_since(start);

@@ -18,6 +18,10 @@ class ProfileBackend : public Backend {
   void download(const DeviceBuffer& src, int64_t offset, std::span<float> out) override {
     timed("download", [&] { inner_->download(src, offset, out); });
   }
+  void top(const DeviceBuffer& src, int64_t n, int64_t count,
+           std::vector<Candidate>& out) override {
+    timed("top", [&] { inner_->top(src, n, count, out); });
+  }
   std::unique_ptr<PreparedLinear> prepare(const Linear& l) override { return inner_->prepare(l); }
   std::unique_ptr<PreparedTable> prepare_table(const Matrix& table) override {
     return inner_->prepare_table(table);

@@ -25,7 +25,7 @@ size_t index_of_largest(const std::vector<double>& values) {
 
 }  // namespace
 
-EncodedCandidate encode_candidate(const Tokenizer& tokenizer, const Candidate& candidate,
+EncodedCandidate encode_candidate(const Tokenizer& tokenizer, const AnswerCandidate& candidate,
                                   const std::string& where) {
   EncodedCandidate encoded;
   encoded.ids = tokenizer.encode(candidate.context + candidate.continuation, true, true);

@@ -22,7 +22,7 @@ struct EncodedCandidate {
 /// Context and continuation are encoded together, with the special tokens that the tokenizer's
 /// post-processor adds, and split where the context alone would end. Throws kBadData if nothing
 /// would be scored or nothing precedes it.
-EncodedCandidate encode_candidate(const Tokenizer& tokenizer, const Candidate& candidate,
+EncodedCandidate encode_candidate(const Tokenizer& tokenizer, const AnswerCandidate& candidate,
                                   const std::string& where);
 
 /// Scores candidates one after the other on one timeline; what a candidate has in common with the

@@ -71,7 +71,7 @@ int64_t answer_index(const Json& record, const char* key, size_t n, const std::s
 
 // Joins with one space, and lets the white space at the end of the context open the continuation:
 // tokenizers attach a space to the word behind it.
-Candidate candidate(const std::string& context, const std::string& answer) {
+AnswerCandidate candidate(const std::string& context, const std::string& answer) {
   const size_t end = context.find_last_not_of(kWhiteSpace) + 1;
   return {context.substr(0, end), context.substr(end) + " " + answer,
           static_cast<int64_t>(answer.size())};

@@ -14,14 +14,14 @@ namespace tq {
 
 /// One candidate: the model is asked for log p(continuation | context). No context is empty, none
 /// ends in white space (that belongs to the continuation), and every continuation starts with some.
-struct Candidate {
+struct AnswerCandidate {
   std::string context, continuation;
   int64_t answer_bytes = 0;  // of the continuation without the space that joins it, for acc_norm
 };
 
 struct Question {
   int64_t line = 0;  // in the file, from 1
-  std::vector<Candidate> candidates;
+  std::vector<AnswerCandidate> candidates;
   int64_t gold = 0;  // index of the right one
 };
 
