@@ -1,4 +1,5 @@
-// attention_decode - attention of few rows over a long cache: every cached byte is read once.
+// attention_decode - attention of few rows over a long cache: every cached byte is read once. The
+// usual case has a kernel of its own, attention_f16.cu.
 //
 // attention - out = sum_j softmax_j(scale q.k_j) v_j over the keys j <= position of the row
 // Shapes    q, out [rows, n_heads, head_dim] f32; keys, values [kv head, ctx, head_dim] in 32, 16,
@@ -15,17 +16,15 @@
 // Source    online softmax (Milakov and Gimelshein 2018), flash-decoding (Dao et al. 2023)
 #include <algorithm>
 
-#include "cuda/device.cuh"
+#include "cuda/attention_merge.cuh"
 #include "model/error.h"
 
 namespace tq::cuda {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
-constexpr int kKeys = 4;  // of a slot a step
-constexpr int kMaxSplits = 128, kMaxQueries = 4;
-constexpr int64_t kMinStretch = 32;  // keys of a block: less is not worth a merge
+constexpr int kKeys = 4;             // of a slot a step
+constexpr int64_t kMinStretch = 32;  // keys of a block
 
 // Coordinates [8 chunk, 8 chunk + 8) of a cached vector as they are stored: asked for long before
 // they are needed, and as small as possible until then.
@@ -94,48 +93,6 @@ struct Part {
     for (int i = 0; i < 8; ++i) out[i] = fmaf(other.out[i], take, out[i] * keep);
   }
 };
-
-// The stretches of `n_queries` queries, by the block that ended last.
-__device__ void merge_stretches(const AttentionJob& job, int64_t first, int n_queries) {
-  __shared__ float weights[kMaxQueries][kMaxSplits], totals[kMaxQueries];
-  const int n = static_cast<int>(job.n_splits);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int head_dim = static_cast<int>(job.cache.head_dim), stride = head_dim + 2;
-  for (int query = warp; query < n_queries; query += kWarps) {
-    const float* parts = job.partials + (first + query) * n * stride;
-    float max = -INFINITY, sum = 0;
-    for (int i = lane; i < n; i += kWarp) max = fmaxf(max, __ldcg(parts + i * stride));
-    max = warp_max(max);
-    for (int i = lane; i < n; i += kWarp) {
-      const float top = __ldcg(parts + i * stride);
-      const float weight = top == -INFINITY ? 0.0f : exp2f(top - max);
-      weights[query][i] = weight;
-      sum += weight == 0.0f ? 0.0f : weight * __ldcg(parts + i * stride + 1);
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) totals[query] = sum;
-  }
-  __syncthreads();
-  // A thread a coordinate of all queries: loads of a few stretches are under way at once.
-  for (int at = threadIdx.x; at < head_dim; at += kThreads) {
-    const float* parts = job.partials + first * n * stride + 2 + at;
-    float out[kMaxQueries] = {};
-#pragma unroll 8
-    for (int i = 0; i < n; ++i) {
-#pragma unroll
-      for (int query = 0; query < kMaxQueries; ++query) {
-        if (query >= n_queries) continue;
-        const float part = __ldcg(parts + (query * n + i) * stride);
-        const float weight = weights[query][i];  // 0: an empty stretch, which holds anything
-        out[query] = fmaf(weight == 0.0f ? 0.0f : part, weight, out[query]);
-      }
-    }
-#pragma unroll
-    for (int query = 0; query < kMaxQueries; ++query) {
-      if (query < n_queries) job.out[(first + query) * head_dim + at] = out[query] / totals[query];
-    }
-  }
-}
 
 template <int kBits, int kQueries>
 __global__ void __launch_bounds__(kThreads)
@@ -280,19 +237,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (n_splits == 1) return;
-  // The block that ends last merges all stretches: no second kernel.
-  __shared__ bool is_last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int32_t* counter = job.counters + row * gridDim.x + blockIdx.x;
-    is_last = atomicAdd(counter, 1) == n_splits - 1;
-    if (is_last) *counter = 0;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
-  merge_stretches(job, int64_t{row} * n_heads + first_head, n_queries);
+  finish_stretch(job, int64_t{row} * n_heads + first_head, n_queries);
 }
 
 template <int kBits>
@@ -310,11 +255,15 @@ void launch_bits(const AttentionJob& job, const Gpu& gpu) {
 
 }  // namespace
 
-int64_t attention_splits(int64_t rows, int64_t n_kv_heads, int64_t max_keys, const Gpu& gpu) {
+int64_t attention_splits(const CacheView& cache, int64_t rows, int64_t max_keys, const Gpu& gpu) {
   if (rows > kMatvecRows) return 1;
-  const int64_t wanted = 4 * gpu.facts.n_sms / std::max<int64_t>(1, rows * n_kv_heads);
+  // As many blocks as the device holds at once; less than kMinStretch keys are not worth a merge.
+  const bool f16 = attention_f16_takes(cache);
+  const int64_t min_stretch = f16 ? 2 * kMinStretch : kMinStretch;
+  const int64_t wanted =
+      (f16 ? 3 : 4) * gpu.facts.n_sms / std::max<int64_t>(1, rows * cache.n_kv_heads);
   return std::clamp<int64_t>(
-      wanted, 1, std::min<int64_t>(kMaxSplits, (max_keys + kMinStretch - 1) / kMinStretch));
+      wanted, 1, std::min<int64_t>(kMaxSplits, (max_keys + min_stretch - 1) / min_stretch));
 }
 
 int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits) {
@@ -326,6 +275,7 @@ void launch_attention_decode(const AttentionJob& job, const Gpu& gpu) {
   TQ_CHECK(job.n_heads % job.cache.n_kv_heads == 0);
   TQ_CHECK(job.n_splits == 1 || job.rows * job.n_heads <= kAttentionCounters);
   if (job.rows == 0) return;
+  if (attention_f16_takes(job.cache)) return launch_attention_f16(job, gpu);
   switch (job.cache.bits) {
     case 32:
       launch_bits<32>(job, gpu);

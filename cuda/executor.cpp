@@ -418,13 +418,17 @@ size_t Executor::run_heads(std::span<const Op> ops, Arena& arena) {
     job.base = basis->base();
     job.hadamard_scale = basis->scale;
   }
-  if (!arena.counting()) launch_heads(job, gpu_);
-  run_attention(attention, arena);
+  run_attention(attention, job, arena);
   return end + 1;
 }
 
-void Executor::run_attention(const Op& op, Arena& arena) {
+void Executor::run_attention(const Op& op, const HeadsJob& heads, Arena& arena) {
   AttentionJob job = {};
+  if (attention_takes_heads(heads)) {
+    job.heads = heads;
+  } else if (!arena.counting()) {
+    launch_heads(heads, gpu_);
+  }
   job.cache = static_cast<const CudaKvCache*>(op.object)->view(op.layer);
   job.q = op.x;
   job.out = op.out;
@@ -436,7 +440,7 @@ void Executor::run_attention(const Op& op, Arena& arena) {
     if (!arena.counting()) launch_attention_prefill(job, gpu_);
     return;
   }
-  job.n_splits = attention_splits(op.rows, op.n_kv_heads, max_keys_, gpu_);
+  job.n_splits = attention_splits(job.cache, op.rows, max_keys_, gpu_);
   job.partials =
       arena.take<float>(attention_partials(op.rows, op.n_heads, op.head_dim, job.n_splits));
   job.counters = counters_.as<int32_t>();

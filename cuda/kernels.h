@@ -185,12 +185,18 @@ struct AttentionJob {
   float* partials;    // attention_partials() floats
   int32_t* counters;  // kAttentionCounters zeros; zeros again afterwards
   int64_t n_splits;   // attention_splits()
+  // What launch_heads() would have done before, if attention_takes_heads(); its q null: nothing.
+  HeadsJob heads;
 };
 constexpr int64_t kAttentionCounters = 1 << 16;
 /// Stretches that the keys of a row are cut in, for a timeline of up to max_keys.
-int64_t attention_splits(int64_t rows, int64_t n_kv_heads, int64_t max_keys, const Gpu& gpu);
+int64_t attention_splits(const CacheView& cache, int64_t rows, int64_t max_keys, const Gpu& gpu);
 int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits);
 void launch_attention_decode(const AttentionJob& job, const Gpu& gpu);
+/// Its shortcut for 16-bit caches, which of one row does the work of launch_heads() too.
+bool attention_f16_takes(const CacheView& cache);
+bool attention_takes_heads(const HeadsJob& job);
+void launch_attention_f16(const AttentionJob& job, const Gpu& gpu);
 bool attention_prefill_takes(const CacheView& cache, int64_t rows);
 /// By the GPU this kernel or the one below.
 void launch_attention_prefill(const AttentionJob& job, const Gpu& gpu);

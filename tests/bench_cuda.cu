@@ -363,7 +363,7 @@ void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits, int64_t
   job.n_heads = n_heads;
   job.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim)));
   job.input = input.as<StepInput>();
-  job.n_splits = attention_splits(rows, n_kv_heads, ctx, bench.gpu);
+  job.n_splits = attention_splits(cache, rows, ctx, bench.gpu);
   const DeviceMemory partials(attention_partials(rows, n_heads, head_dim, job.n_splits) * 4 + 16,
                               "bench");
   job.partials = partials.as<float>();
