@@ -13,7 +13,9 @@ namespace {
 // Longer steps are many large kernels: their launches hide behind each other.
 constexpr int64_t kGraphRows = kMatvecRows;
 constexpr size_t kMinGraphOps = 8;
-constexpr size_t kMaxGraphs = 8;
+constexpr size_t kMaxGraphs = 16;
+// The device begins with so many operations of a step (two layers) while the host records the rest.
+constexpr size_t kFirstOps = 24;
 constexpr int64_t kFirstCapacity = 4096;  // tokens
 // Attention is cut for at least this many keys, and for powers of two of them: each needs a graph
 // of its own.
@@ -50,6 +52,12 @@ Queue::~Queue() {
 }
 
 void Queue::record(const Op& op) {
+  // Where a layer begins: no two operations that one kernel does together are parted.
+  if (!begun_ && ops_.size() >= kFirstOps && op.kind == OpKind::kRmsNorm &&
+      ops_.back().kind == OpKind::kAdd && op.x == ops_.back().out) {
+    flush();
+    begun_ = true;
+  }
   ops_.push_back(op);
 }
 
@@ -86,6 +94,7 @@ void Queue::flush() {
   tokens_.clear();
   pos0_ = -1;
   n_keys_ = 0;
+  begun_ = false;
 }
 
 void Queue::wait() {
@@ -104,6 +113,9 @@ void Queue::forget() noexcept {
 // Fills the pinned copy; the transfer itself is part of what is launched.
 void Queue::send_input() {
   const int64_t n_tokens = static_cast<int64_t>(tokens_.size());
+  const int32_t pos0 = static_cast<int32_t>(std::max<int64_t>(pos0_, 0));
+  // The rest of a step: no need to wait for the part that is running.
+  if (capacity_ > 0 && n_tokens == 0 && pinned_input_.as<StepInput>()->pos0 == pos0) return;
   cuda_check(cudaEventSynchronize(input_sent_), "waiting for the GPU");
   if (n_tokens > capacity_ || capacity_ == 0) {
     cuda_check(cudaStreamSynchronize(gpu_.stream), "waiting for the GPU");
@@ -114,7 +126,7 @@ void Queue::send_input() {
     pinned_input_ = PinnedMemory(bytes);
   }
   StepInput* input = pinned_input_.as<StepInput>();
-  input->pos0 = static_cast<int32_t>(std::max<int64_t>(pos0_, 0));
+  input->pos0 = pos0;
   std::copy(tokens_.begin(), tokens_.end(), input->tokens);
 }
 

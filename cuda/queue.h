@@ -55,6 +55,7 @@ class Queue {
   std::unique_ptr<Executor> executor_;
   std::vector<Op> ops_;
   int64_t pos0_ = -1, n_keys_ = 0;
+  bool begun_ = false;  // the first operations of the step are on their way
   std::vector<int32_t> tokens_;
   DeviceMemory input_;  // StepInput with room for `capacity_` tokens
   PinnedMemory pinned_input_;
