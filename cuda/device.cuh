@@ -122,13 +122,13 @@ __device__ inline void prefetch(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
-/// Lets the next kernel of the stream be placed while this one runs, and waits for the one before:
-/// everything that an earlier kernel wrote may be read from here on. What no kernel writes
-/// (weights) may be read before.
+/// Waits for the kernel before: everything that an earlier one wrote may be read from here on. What
+/// no kernel writes (weights) may be read before. Then lets the next kernel of the stream be
+/// placed: not sooner, or kernels further on read their weights while this one needs the memory.
 __device__ inline void begin_kernel() {
 #if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 

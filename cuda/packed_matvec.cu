@@ -70,8 +70,7 @@ struct Stream {
       }
     }
   }
-  /// What load_weights(warp, ...) leaves of a panel goes to the second-level cache while the kernel
-  /// ahead still runs: the memory would be idle otherwise.
+  /// What load_weights(warp, ...) leaves of a panel goes to the second-level cache.
   __device__ static void prefetch_rest(const FragmentView& w, int64_t panel) {
     constexpr int kLoaded = kWarps * kUnroll / 2, kLines = 8;  // blocks of 128 columns; in one
     const int n_lines = static_cast<int>(w.padded_cols / kBlockCols) * kLines;
@@ -145,7 +144,7 @@ struct Stream {
 
 template <int kTiles, bool kGroups32>
 __global__ void __launch_bounds__(kWarps* kWarp, 2)
-    packed_matvec_kernel(const __grid_constant__ PackedJob job) {
+    packed_matvec_kernel(const __grid_constant__ PackedJob job, int first_wave) {
   int64_t panel = blockIdx.x;
   int which = 0;
   while (panel >= job.segments[which].w.n_panels) panel -= job.segments[which++].w.n_panels;
@@ -158,7 +157,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   const int n_blocks = static_cast<int>(segment.w.cols + 63) / 64;
   const Columns residual(segment.w, job.x, panel);
   residual.load_weights(warp, n_blocks, loads[0]);
-  Columns::prefetch_rest(segment.w, panel);
+  // The blocks that wait for the kernel ahead use the time, in which the memory would be idle.
+  if (blockIdx.x < first_wave) Columns::prefetch_rest(segment.w, panel);
   begin_kernel();
   residual.run(n_blocks, loads, sums);
   if (segment.b.n_panels > 0) {
@@ -199,7 +199,7 @@ void launch_packed_matvec(const PackedJob& job, const Gpu& gpu) {
       : groups32 ? packed_matvec_kernel<2, true>
                     : packed_matvec_kernel<2, false>;
   launch_kernel(gpu, "packed matvec", kernel, dim3(static_cast<unsigned>(n_panels)),
-                dim3(kWarps * kWarp), 0, job);
+                dim3(kWarps * kWarp), 0, job, 2 * gpu.facts.n_sms);
 }
 
 }  // namespace tq::cuda

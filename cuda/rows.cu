@@ -413,6 +413,8 @@ __device__ double load_elements(const RowsJob& job, int64_t at, int i, bool own,
   return squares;
 }
 
+// kTransform false: the short program of a decode step, which is at work before a long one is read.
+template <bool kTransform>
 __global__ void __launch_bounds__(1024)
     rows_kernel(const __grid_constant__ RowsJob job, int chunk) {
   extern __shared__ float v[];  // columns [begin, end)
@@ -420,9 +422,13 @@ __global__ void __launch_bounds__(1024)
   const int64_t row = blockIdx.x, first = row * job.cols;
   const int cols = static_cast<int>(job.cols);
   const int begin = blockIdx.y * chunk, end = min(begin + chunk, cols);
-  for (int i = begin + threadIdx.x * 32; i < end; i += blockDim.x * 32) {  // no kernel writes them
-    if (job.gain) prefetch(job.gain + i);
-    if (job.signs) prefetch(job.signs + i);
+  // No kernel writes these.
+  const int first_col = begin + threadIdx.x;
+  const float first_gain = job.gain && first_col < end ? job.gain[first_col] : 0.0f;
+  if constexpr (kTransform) {
+    for (int i = begin + threadIdx.x * 32; job.signs && i < end; i += blockDim.x * 32) {
+      prefetch(job.signs + i);
+    }
   }
   begin_kernel();
   const auto own = [&](int i) { return i >= begin && i < end; };
@@ -442,23 +448,26 @@ __global__ void __launch_bounds__(1024)
   if (job.gain) {
     const double mean = block_sum(squares, sums) / static_cast<double>(job.cols);
     const float factor = static_cast<float>(1.0 / sqrt(mean + static_cast<double>(job.eps)));
-    for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
-      const float x = v[padded_index(i - begin)] * factor * job.gain[i];
+    for (int i = first_col; i < end; i += blockDim.x) {
+      const float gain = i == first_col ? first_gain : job.gain[i];
+      const float x = v[padded_index(i - begin)] * factor * gain;
       if (job.normed) job.normed[first + i] = x;
       v[padded_index(i - begin)] = x;
     }
   }
   __syncthreads();
-  if (job.block > 0 && chunk < cols) {  // a part of the row; base_kernel does the rest
-    if (job.signs && !job.inverse) random_signs(job, begin, end, v);
-    __syncthreads();
-    butterflies(job, end - begin, v);
-    for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
-      job.transformed[first + i] = v[padded_index(i - begin)];
+  if constexpr (kTransform) {
+    if (chunk < cols) {  // a part of the row; base_kernel does the rest
+      if (job.signs && !job.inverse) random_signs(job, begin, end, v);
+      __syncthreads();
+      butterflies(job, end - begin, v);
+      for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
+        job.transformed[first + i] = v[padded_index(i - begin)];
+      }
+      return;
     }
-    return;
+    hadamard(job, v);
   }
-  if (job.block > 0) hadamard(job, v);
   if (job.bits >= 16) return;
   round_row(job, row, begin, end, [&](int i) { return v[padded_index(i - begin)]; });
 }
@@ -613,7 +622,7 @@ void launch_rows(const RowsJob& job, const Gpu& gpu) {
   const int64_t threads =
       std::clamp<int64_t>((loaded + 127) / 128 * kWarp, kWarp, job.rows > 64 ? 256 : 1024);
   launch_kernel(
-      gpu, "rows", rows_kernel,
+      gpu, "rows", job.block > 0 ? rows_kernel<true> : rows_kernel<false>,
       dim3(static_cast<unsigned>(job.rows), static_cast<unsigned>((job.cols + chunk - 1) / chunk)),
       dim3(static_cast<unsigned>(threads)), shared, job, chunk);
   if (!two_steps) return;
