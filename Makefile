@@ -24,8 +24,9 @@ test: build/release/build.ninja  ## build everything and run all tests
 	@ctest --preset release --parallel $(JOBS)
 
 test-cuda: build/release/build.ninja  ## the tests of the CUDA backend; fails without a GPU
-	@cmake --build --preset release --parallel $(JOBS) --target tq test_cuda_ops
+	@cmake --build --preset release --parallel $(JOBS) --target tq test_cuda_ops test_cuda_linears
 	@TQ_REQUIRE_GPU=1 OMP_WAIT_POLICY=passive build/release/test_cuda_ops
+	@TQ_REQUIRE_GPU=1 OMP_WAIT_POLICY=passive build/release/test_cuda_linears
 
 bench-cuda: build/release/build.ninja  ## time the CUDA kernels one by one, rewrite docs/results.md
 	@cmake --build --preset release --parallel $(JOBS) --target bench_cuda

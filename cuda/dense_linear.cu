@@ -11,7 +11,7 @@
 // Constants tile 64 x 64 x 16 with 4 x 4 a thread: 8 loads from shared memory for 16 fma
 // Requires  nothing; tails are guarded
 // Error     one f32 sum of `in` products in another order than the CPU's: gamma_(in + 2) |x||w|,
-//           where gamma_n = n 2^-24 / (1 - n 2^-24); tests/test_cuda_ops.cpp
+//           where gamma_n = n 2^-24 / (1 - n 2^-24); tests/test_cuda_linears.cpp
 #include <algorithm>
 
 #include "cuda/device.cuh"

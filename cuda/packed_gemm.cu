@@ -17,7 +17,7 @@
 // Requires  groups of 2^n >= 32 columns or whole rows (weights.cpp, fits_fragments); rounded rows
 //           allocated to a multiple of 128
 // Error     dots exact; groups are added in the CPU's order, stages of groups over 128 columns one
-//           by one: gamma_n_groups sum_g |scale dot|; tests/test_cuda_ops.cpp
+//           by one: gamma_n_groups sum_g |scale dot|; tests/test_cuda_linears.cpp
 // Source    the two components share input and output as in SVDQuant (Li et al. 2024)
 #include <algorithm>
 

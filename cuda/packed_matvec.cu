@@ -13,7 +13,7 @@
 //           in the time of one, so that 1 and 8 tokens cost the same
 // Requires  m <= 16; groups of 2^n >= 32 columns or whole rows (weights.cpp, fits_fragments)
 // Error     dots exact; groups are added in another order than the CPU's: gamma_n_groups
-//           sum_g |scale dot|; tests/test_cuda_ops.cpp
+//           sum_g |scale dot|; tests/test_cuda_linears.cpp
 // Source    kernels of Marlin (Frantar et al. 2024) for the offline fragment order
 #include <algorithm>
 

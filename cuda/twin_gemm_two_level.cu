@@ -18,7 +18,7 @@
 //           what the tensor cores read of them
 // Requires  sm_90a; groups of 2^n >= 32 columns or whole rows; rank <= 256; at most 2^16 columns
 // Error     integers exact (120 * 128 * 2^16 < 2^31); each component's sum is rounded to f32, times
-//           one product of two scales; tests/test_cuda_ops.cpp
+//           one product of two scales; tests/test_cuda_linears.cpp
 // Source    weights times whole multiples as in QServe (Lin et al. 2024), where tokens have 8 bits;
 //           persistent tiles as in DeepGEMM and CUTLASS
 #include <algorithm>
