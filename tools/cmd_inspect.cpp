@@ -49,6 +49,7 @@ Json linear_json(const std::string& name, const Linear& linear, const Json& meas
     json["act_clip"] = linear.act.clip;
     json["act_full_range"] = linear.act.codes == ActCodes::kAll;
     if (linear.act.codes == ActCodes::kAsymmetric) json["act_asymmetric"] = true;
+    if (linear.act.two_level) json["act_two_level"] = true;
   }
   if (linear.input.active()) json["input_transform_block"] = linear.input.block;
   if (measured.contains(name) && measured[name].is_object()) json["distortion"] = measured[name];
