@@ -49,6 +49,7 @@ struct Shape {
 
 template <typename S>
 struct alignas(1024) Stage {
+  static_assert(S::kTokens % S::kPiece == 0);
   uint4 tokens[S::kTokens][8];           // as they lie in memory (code_offset)
   uint4 weights[kSetPanels][2 * kWarp];  // [panel][half of 64 columns, lane]
   uchar2 multiples[S::kGroups][kSetPanels][8];
