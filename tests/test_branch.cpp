@@ -83,7 +83,7 @@ struct SeenSite {
 };
 
 BranchSpec spec(int bits, int threads = 2) {
-  return {kRank, bits, 64, threads};
+  return {kRank, bits, 64, false, threads};
 }
 
 // Low rank plus 1 % of noise.
