@@ -9,6 +9,7 @@
 
 #include "model/error.h"
 #include "model/tq_file.h"
+#include "quant/eigen.h"
 #include "quant/learn.h"
 #include "quant/quantize_layer.h"
 #include "quant/resume.h"
@@ -375,6 +376,7 @@ QuantizeResult quantize_model(const Model& source, const QuantizeOptions& option
                               const Calibration* calibration, uint64_t weights_hash,
                               Backend& backend, const std::string& output, bool resume,
                               const QuantizeHooks& hooks) {
+  fix_block_sizes();
   if (!options.needs_calibration()) calibration = nullptr;
   Pipeline pipeline(source, options, hooks, output);
   return pipeline.run(calibration, make_fingerprint(source, options, calibration, weights_hash),
