@@ -2,11 +2,11 @@
 """results - the table of docs/results.md, made again from the models by one command.
 
 Each row of ROWS is quantized, then evaluated on WikiText-2, and on its first windows compared with
-its own folder (KL divergence, top-1 agreement). What came out is kept in results/, one JSON file a
-run; a run whose command line and version of tq are found there, on as many windows, is not
+its own folder (KL divergence, top-1 agreement). What came out is kept in docs/results.json; a run
+whose commands and version of tq are found there, for the same text and as many windows, is not
 repeated, so the script may be interrupted at any time. At the end the block between the two
 `results:` marks of docs/results.md is written anew from all runs of this table that are there.
-Delete results/ to measure again. Standard library only.
+Delete docs/results.json to measure everything again. Standard library only.
 """
 
 import argparse
@@ -19,10 +19,11 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-STORE = "results"
+STORE = "docs/results.json"
 DOCUMENT = "docs/results.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -43,6 +44,7 @@ ROWS = [
     Row("QuaRot W3A3", "--method quarot --bits-w 3 --bits-a 3"),
     Row("QuaRot W4A4, activation order", "--method quarot --act-order --bits-a 4"),
     Row("SVDQuant r32 W4A4", "--method svdquant --rank 32 --bits-a 4"),
+    Row("SVDQuant r32 W4A4, Hadamard", "--method svdquant --basis hadamard --rank 32 --bits-a 4"),
     Row("QuaRot W4A4, all codes, corrected",
         "--method quarot --rounding gptq-ls --act-codes all --bits-a 4"),
     Row("SpinQuant W4A4, symmetric codes, plain GPTQ",
@@ -89,8 +91,8 @@ TEXT_HELP = """WikiText-2 test split: wiki.test.raw, from wikitext-2-raw-v1.zip 
 Face data set Salesforce/wikitext, config wikitext-2-raw-v1; CC BY-SA), whose rows are joined by two
 newlines as papers do. Any other file is taken as it is. Default: demo/wiki.test.raw"""
 
-# One run: a row, a model and a seed; the arguments of both commands; where the result is kept.
-Run = namedtuple("Run", "row model seed quantize evaluate path")
+# One run: a row, a model and a seed; the arguments of both commands.
+Run = namedtuple("Run", "row model seed quantize evaluate")
 
 
 def parse_arguments():
@@ -132,12 +134,7 @@ def plan(args):
                     quantize = shlex.split(row.quantize) + (["--seed", str(seed)] if seed else [])
                     if args.calib and not UNCALIBRATED & set(quantize):
                         quantize += ["--calib", args.calib]
-                evaluate = shlex.split(row.evaluate)
-                key = json.dumps([model_name(folder), quantize, evaluate])
-                digest = sha256(key.encode())[:12]
-                slug = re.sub(r"[^a-z0-9]+", "-", f"{row.name}-{seed}".lower())
-                yield Run(row, folder, seed, quantize, evaluate,
-                          os.path.join(STORE, f"{model_name(folder)}-{slug}-{digest}.json"))
+                yield Run(row, folder, seed, quantize, shlex.split(row.evaluate))
 
 
 def commands(run):
@@ -147,36 +144,49 @@ def commands(run):
     quantize = None
     if run.quantize is not None:
         quantize = shlex.join(["tq", "quantize", name, "-o", "M.tq", *run.quantize])
-    return quantize, shlex.join(["tq", "eval", target, "--text", "TEXT", *run.evaluate])
+    return [quantize, shlex.join(["tq", "eval", target, "--text", "TEXT", *run.evaluate])]
 
 
-def load(run, version, text_sha256, windows=1):
-    """The stored result of this very run by this version of tq on this text, or None.
-    windows: how many it must have; 0: all that the text has."""
-    try:
-        with open(run.path, encoding="utf-8") as file:
-            stored = json.load(file)
-    except (OSError, ValueError):
+class Store:
+    """What was measured so far, one flat record a run."""
+
+    def __init__(self, version, text_sha256):
+        self.version, self.text_sha256 = version, text_sha256
+        self.records = self.read()
+
+    @staticmethod
+    def read():
+        if not os.path.exists(STORE):
+            return []
+        with open(STORE, encoding="utf-8") as file:
+            return json.load(file)
+
+    def find(self, run, windows=1):
+        """The record of this very run by this version of tq on this text, or None.
+        windows: how many it must have; 0: all that the text has."""
+        for record in self.records:
+            if ([record["model"], record["version"], record["text_sha256"], record["commands"]]
+                    == [model_name(run.model), self.version, self.text_sha256, commands(run)]
+                    and (record["all_windows"] or 0 < windows <= record["windows"])):
+                return record
         return None
-    same = (stored["version"] == version and stored["commands"] == list(commands(run))
-            and stored["eval"]["text_sha256"] == text_sha256
-            and (stored["all_windows"] or 0 < windows <= stored["eval"]["windows"]))
-    return stored if same else None
 
-
-def call(command):
-    """stdout of a command; raises CalledProcessError. Waiting threads do not spin (as demo.sh)."""
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-    print("results: $", shlex.join(command), file=sys.stderr, flush=True)
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
+    def add(self, run, record):
+        old = self.find(run)
+        self.records = [r for r in self.read() if r != old]  # others may have added meanwhile
+        self.records.append(record)
+        with open(STORE + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(self.records, file, indent=1)
+            file.write("\n")
+        os.replace(STORE + ".tmp", STORE)
 
 
 class Quantized:
     """The file of the last run and its report: rows that differ in evaluation alone share it."""
 
-    def __init__(self, args):
+    def __init__(self, args, folder):
         self.args, self.key, self.report = args, None, None
-        self.path = os.path.join(STORE, f"model-{os.getpid()}.tq")
+        self.path = os.path.join(folder, "model.tq")
 
     def make(self, run, threads):
         key = (run.model, run.quantize)
@@ -187,36 +197,39 @@ class Quantized:
                   "--report", report, *run.quantize, *threads])
             with open(report, encoding="utf-8") as file:
                 self.report = json.load(file)
-            os.remove(report)
-            del self.report["linears"]
             self.key = key
         return self.path, self.report
 
-    def remove(self):
-        for path in (self.path, self.path + ".report"):
-            if os.path.exists(path):
-                os.remove(path)
+
+def call(command):
+    """stdout of a command; raises CalledProcessError. Waiting threads do not spin (as demo.sh)."""
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    print("results: $", shlex.join(command), file=sys.stderr, flush=True)
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
 
 
-def measure(run, args, text, version, quantized):
+def measure(run, args, text, store, quantized):
     threads = ["--threads", str(args.threads)] if args.threads else []
-    target, report, kl = run.model, None, None
+    record = {"model": model_name(run.model), "row": run.row.name, "seed": run.seed,
+              "commands": commands(run), "version": store.version}
+    target = run.model
     if run.quantize is not None:
         target, report = quantized.make(run, threads)
+        record |= {key: report[key] for key in ("bits_per_weight", "seconds", "peak_rss_bytes")}
     evaluate = [args.tq, "eval", target, "--text", text, "--json", "-q", "--device", args.device,
                 *run.evaluate, *threads]
     windows = ["--windows", str(args.windows)] if args.windows else []
     evaluation = json.loads(call(evaluate + windows))
+    record |= {key: evaluation[key]
+               for key in ("text_sha256", "protocol", "ctx", "windows", "ppl", "stderr")}
     if run.quantize is not None:
         few = min(KL_WINDOWS, evaluation["windows"])
         kl = json.loads(call(evaluate + ["--windows", str(few), "--kl", run.model]))
-    stem = run.path[:-len(".json")]
-    result = {"version": version, "commands": commands(run), "quantize": report, "eval": evaluation,
-              "kl": kl, "all_windows": not args.windows, "date": datetime.date.today().isoformat(),
-              "machine": machine(args.threads) + (", evaluated on a GPU" if args.device == "cuda" else "")}
-    with open(stem + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=1)
-    os.replace(stem + ".tmp", run.path)
+        record |= {key: kl[key] for key in ("kl_mean", "top1_agreement")}
+    on_gpu = ", evaluated on a GPU" if args.device == "cuda" else ""
+    record |= {"all_windows": not args.windows, "date": datetime.date.today().isoformat(),
+               "machine": machine(args.threads) + on_gpu}
+    store.add(run, record)
 
 
 def machine(threads):
@@ -234,9 +247,9 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def prepare_text(path):
+def prepare_text(path, folder):
     """Path and digest of the text to evaluate: the rows of the raw file joined as papers do, any
-    other file as it is."""
+    other file as it is. folder: where the former may be put."""
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -245,7 +258,7 @@ def prepare_text(path):
     if sha256(data) != RAW_SHA256:
         return path, sha256(data)
     rows = [b"" if line == b" " else line + b"\n" for line in data[:-1].split(b"\n")]
-    target = os.path.join(STORE, "wikitext-2-test.txt")
+    target = os.path.join(folder, "wikitext-2-test.txt")
     data = b"\n\n".join(rows)
     with open(target, "wb") as file:
         file.write(data)
@@ -260,51 +273,45 @@ def spread(values, digits):
     return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def table_line(row, model, results):
-    """One Markdown row from the results of its seeds."""
-    reports = [result["quantize"] for result in results if result["quantize"]]
-    evals = [result["eval"] for result in results]
-    kls = [result["kl"] for result in results if result["kl"]]
-    error = max(e["ppl"] * e["stderr"] for e in evals)
-    quantize, evaluate = results[0]["commands"]
+def table_line(row, records):
+    """One Markdown row from the records of its seeds."""
+    first = records[0]
+    quantize, evaluate = first["commands"]
     command = f"`{quantize}`" if quantize else f"`{evaluate}`"
     if quantize and row.evaluate:
         command += f", eval `{row.evaluate}`"
-    if len(results) > 1:
-        command += f", {len(results)} seeds"
-    cells = [model_name(model), row.name, spread([e["ppl"] for e in evals], 3), f"{error:.2f}",
-             str(min(e["windows"] for e in evals))]
-    if reports:
-        cells.insert(2, f"{max(r['bits_per_weight'] for r in reports):.4f}")
-        cells += [spread([kl["kl_mean"] for kl in kls], 4),
-                  spread([100 * kl["top1_agreement"] for kl in kls], 2),
-                  f"{max(r['seconds'] for r in reports):.0f}",
-                  f"{max(r['peak_rss_bytes'] for r in reports) / 1e6:.0f}"]
-    else:
-        cells.insert(2, "as stored")
-        cells += ["", "", "", ""]
-    return "| " + " | ".join(cells + [command]) + " |"
+    if len(records) > 1:
+        command += f", {len(records)} seeds"
+    column = lambda key, factor=1: [factor * record[key] for record in records]
+    error = max(record["ppl"] * record["stderr"] for record in records)
+    bits, reported = "as stored", ["", "", "", ""]
+    if quantize:
+        bits = f"{max(column('bits_per_weight')):.4f}"
+        reported = [spread(column("kl_mean"), 4), spread(column("top1_agreement", 100), 2),
+                    f"{max(column('seconds')):.0f}", f"{max(column('peak_rss_bytes', 1e-6)):.0f}"]
+    return "| " + " | ".join([first["model"], row.name, bits, spread(column("ppl"), 3), f"{error:.2f}",
+                              str(min(column("windows"))), *reported, command]) + " |"
 
 
-def render(runs, version, text_sha256):
+def render(runs, store):
     """The block of the document: one line for each row that was measured."""
-    lines, shown = [], []
-    groups = {}
+    lines, shown, groups = [], [], {}
     for run in runs:
-        groups.setdefault((run.model, run.row), []).append(load(run, version, text_sha256))
-    for (model, row), results in groups.items():
-        results = [result for result in results if result]
-        if results:
-            lines.append(table_line(row, model, results))
-            shown += results
+        groups.setdefault((run.model, run.row), []).append(store.find(run))
+    for (_, row), records in groups.items():
+        records = [record for record in records if record]
+        if records:
+            lines.append(table_line(row, records))
+            shown += records
     if not lines:
-        fail("nothing to write: no run of this table is in results/")
-    machines = sorted({r["machine"] for r in shown})
-    dates = sorted({r["date"] for r in shown})
+        fail(f"nothing to write: no run of this table is in {STORE}")
+    machines = sorted({record["machine"] for record in shown})
+    dates = sorted({record["date"] for record in shown})
     period = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    caption = (f"{version}, {period}, {'; '.join(machines)}. Text sha256 {text_sha256[:12]}..., "
-               f"windows of {shown[0]['eval']['ctx']} tokens: {shown[0]['eval']['protocol']}. KL and "
-               f"top-1 agreement with the folder: first {KL_WINDOWS} windows.")
+    caption = (f"{store.version}, {period}, {'; '.join(machines)}. Text sha256 "
+               f"{store.text_sha256[:12]}..., windows of {shown[0]['ctx']} tokens: "
+               f"{shown[0]['protocol']}. KL and top-1 agreement with the folder: first "
+               f"{KL_WINDOWS} windows.")
     head = ["model", "row", "bits per weight of linears", "perplexity", "+-", "windows", "KL mean", "top-1 %",
             "quantizing, s", "peak MB", "command"]
     return "\n".join([BEGIN, caption, "", "| " + " | ".join(head) + " |",
@@ -338,23 +345,20 @@ def main():
                                  text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
         fail(f"cannot run {args.tq}: {error}; build it with make, or name it with --tq")
-    os.makedirs(STORE, exist_ok=True)
-    text, text_sha256 = prepare_text(args.text)
-    runs = list(plan(args))
-    failed, quantized = set(), Quantized(args)
-    try:
+    runs, failed = list(plan(args)), set()
+    with tempfile.TemporaryDirectory(prefix="tq-results-") as scratch:
+        text, text_sha256 = prepare_text(args.text, scratch)
+        store, quantized = Store(version, text_sha256), Quantized(args, scratch)
         for run in runs:
             if not re.search(args.only, run.row.name) or run.row.name in failed:
                 continue
-            if load(run, version, text_sha256, args.windows):
+            if store.find(run, args.windows):
                 continue
             try:
-                measure(run, args, text, version, quantized)
+                measure(run, args, text, store, quantized)
             except subprocess.CalledProcessError:
                 failed.add(run.row.name)  # tq has said why
-    finally:
-        quantized.remove()
-    rewrite(render(runs, version, text_sha256))
+    rewrite(render(runs, store))
     if failed:
         fail("left out, because tq refused: " + ", ".join(sorted(failed)))
     return 0
