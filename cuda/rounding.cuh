@@ -52,8 +52,7 @@ struct GroupScale {
   }
   __device__ float code(float x) const {
     const float scaled = x * inverse;
-    const float above = scaled > low ? scaled : low;  // also the answer for NaN
-    const float bounded = above < high ? above : high;
+    const float bounded = fminf(fmaxf(scaled, low), high);  // low for NaN
     return (bounded + kRoundMagic) - kRoundMagic;
   }
 };
@@ -96,74 +95,168 @@ __device__ void round_group(const RowsJob& job, int64_t row, int group, float un
   }
 }
 
-// Groups of 32, 64 or 128 columns, whole ones: four columns a lane, 128 columns a warp.
-template <typename At>
-__device__ void round_stretch(const RowsJob& job, int64_t row, int stretch, float unit,
-                              const At& at) {
+/// Four small whole numbers as the bytes that stand for them.
+__device__ inline uint32_t code_bytes(CodeOrder order, const float (&codes)[4]) {
+  if (order == CodeOrder::kTilesFp8) {
+    const uint32_t low =
+        __nv_cvt_float2_to_fp8x2(make_float2(codes[0], codes[1]), __NV_SATFINITE, __NV_E4M3);
+    const uint32_t high =
+        __nv_cvt_float2_to_fp8x2(make_float2(codes[2], codes[3]), __NV_SATFINITE, __NV_E4M3);
+    return low | high << 16;
+  }
+  // The lowest byte of code + kRoundMagic: a conversion instruction takes eight times as long.
+  uint32_t bits[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(codes[i] + kRoundMagic);
+  return __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040),
+                     0x5410);
+}
+
+// Where the codes of a lane go that has four columns of each stretch of 128: of stretch 0, and how
+// much further those of the next one.
+struct StretchPlace {
+  uint8_t* codes;
+  int64_t step;
+  __device__ StretchPlace(const RoundedRows& to, int64_t row) {
+    int col = threadIdx.x % kWarp * 4;
+    if (to.order == CodeOrder::kTilesFp8 && threadIdx.x % 2 == 1) col -= 2;
+    codes = to.codes + code_offset(to, row, col);
+    step = to.order == CodeOrder::kLanes ? 128 : kRowStep * kBlockCols;
+  }
+};
+
+// Rounds a lane's four columns of a stretch; those behind the row's end are left out.
+__device__ inline void store_codes(const RowsJob& job, int64_t row, const StretchPlace& place,
+                                   int stretch, const GroupScale& by, float multiple,
+                                   const float (&x)[4]) {
+  const int col = stretch * 128 + threadIdx.x % kWarp * 4;
+  const bool odd = threadIdx.x % 2 == 1, inside = col < job.cols;
+  const CodeOrder order = job.rounded.order;
+  float codes[4], multiples[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    codes[i] = by.code(x[i]);
+    multiples[i] = codes[i] * multiple;
+  }
+  if (job.expanded && inside) {
+    float* expanded = job.expanded + row * job.cols + col;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) expanded[i] = by.scale * codes[i];
+  }
+  uint32_t bytes = code_bytes(order, multiples);
+  bool stored = inside;
+  if (order == CodeOrder::kTilesFp8) {
+    // Of 8 columns the even lane stores 0 4 1 5, the odd one 2 6 3 7.
+    const uint32_t other = __shfl_xor_sync(kFullMask, bytes, 1);
+    bytes = odd ? __byte_perm(other, bytes, 0x7362) : __byte_perm(bytes, other, 0x5140);
+    stored = (col & ~7) < job.cols;
+  }
+  if (stored) *reinterpret_cast<uint32_t*>(place.codes + stretch * place.step) = bytes;
+}
+
+// Groups of 32, 64 or 128 columns, whole ones, by a warp: x is four columns a lane of kCount
+// stretches of 128, number `first`, first + step, ... Divisions are long and all lanes of a group
+// would do the same: of kCount stretches each lane divides for one.
+template <int kCount>
+__device__ void round_stretches(const RowsJob& job, int64_t row, int first, int step, float unit,
+                                const StretchPlace& place, const float (&x)[kCount][4]) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4);
   const RoundedRows& to = job.rounded;
   const int lane = threadIdx.x % kWarp;
   const int lanes = (job.level_group > 0 ? job.level_group : to.group) / 4;  // of a group
-  const int col = stretch * 128 + lane * 4;
-  const bool inside = col < job.cols;
-  float x[4];
-  uint32_t magnitudes[4], largest = 0;
+  const int group_begin = lane & ~(lanes - 1);
+  const unsigned group_mask = kFullMask >> (kWarp - lanes) << group_begin;
+  uint32_t my_largest = 0;
+  float my_first = 0, my_above = 0, my_below = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[i] = inside ? at(col + i) : 0.0f;
-    magnitudes[i] = __float_as_uint(x[i]) & 0x7FFFFFFFu;
-    largest = max(largest, magnitudes[i]);
-  }
-  for (int step = lanes / 2; step > 0; step /= 2) {
-    largest = max(largest, __shfl_xor_sync(kFullMask, largest, step));
-  }
-  // Of the columns of that magnitude the first; its sign rides in the lowest bit.
-  unsigned first = 0xFFFFFFFFu;
-#pragma unroll
-  for (int i = 3; i >= 0; --i) {
-    if (magnitudes[i] == largest) first = (lane * 4 + i) * 2 + (__float_as_uint(x[i]) >> 31);
-  }
-  for (int step = lanes / 2; step > 0; step /= 2) {
-    first = min(first, __shfl_xor_sync(kFullMask, first, step));
-  }
-  float above = 0, below = 0;
-  if (job.act_codes == ActCodes::kAsymmetric) {
+  for (int s = 0; s < kCount; ++s) {
+    uint32_t magnitudes[4], largest = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      above = fmaxf(above, x[i]);
-      below = fmaxf(below, -x[i]);
+      magnitudes[i] = __float_as_uint(x[s][i]) & 0x7FFFFFFFu;
+      largest = max(largest, magnitudes[i]);
     }
-    for (int step = lanes / 2; step > 0; step /= 2) {
-      above = fmaxf(above, __shfl_xor_sync(kFullMask, above, step));
-      below = fmaxf(below, __shfl_xor_sync(kFullMask, below, step));
-    }
-  }
-  GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31), above,
-                below);
-  const float multiple = by.restrict_to(unit);
-  if (inside && lane % lanes == 0 && job.level_group == 0) {
-    to.scales[scale_offset(to, row, col >> to.group_shift)] = by.scale;
-  }
-  float* expanded = job.expanded && inside ? job.expanded + row * job.cols + col : nullptr;
-  uint32_t codes = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float code = by.code(x[i]);
-    codes |= uint32_t{code_byte(to.order, code * multiple)} << 8 * i;
-    if (expanded) expanded[i] = by.scale * code;
+    for (int step_lanes = 16; step_lanes > 0; step_lanes /= 2) {
+      if (step_lanes < lanes) {
+        largest = max(largest, __shfl_xor_sync(kFullMask, largest, step_lanes));
+      }
+    }
+    // Of the columns of that magnitude the first has the sign.
+    bool found = false, negative = false;
+#pragma unroll
+    for (int i = 3; i >= 0; --i) {
+      if (magnitudes[i] != largest) continue;
+      found = true;
+      negative = __float_as_int(x[s][i]) < 0;
+    }
+    const unsigned finders = __ballot_sync(kFullMask, found) & group_mask;
+    const unsigned negatives = __ballot_sync(kFullMask, negative);
+    const bool divides = lane % kCount == s;
+    if (divides) {
+      my_largest = largest;
+      my_first =
+          finders & -finders & negatives ? -__uint_as_float(largest) : __uint_as_float(largest);
+    }
+    if (job.act_codes == ActCodes::kAsymmetric) {
+      float above = 0, below = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        above = fmaxf(above, x[s][i]);
+        below = fmaxf(below, -x[s][i]);
+      }
+      for (int step_lanes = lanes / 2; step_lanes > 0; step_lanes /= 2) {
+        above = fmaxf(above, __shfl_xor_sync(kFullMask, above, step_lanes));
+        below = fmaxf(below, __shfl_xor_sync(kFullMask, below, step_lanes));
+      }
+      if (divides) my_above = above, my_below = below;
+    }
   }
-  bool stored = inside;
-  if (to.order == CodeOrder::kTilesFp8) {
-    // Of 8 columns the even lane stores 0 4 1 5, the odd one 2 6 3 7.
-    const uint32_t other = __shfl_xor_sync(kFullMask, codes, 1);
-    codes = lane % 2 ? __byte_perm(other, codes, 0x7362) : __byte_perm(codes, other, 0x5140);
-    stored = (col & ~7) < job.cols;
+  GroupScale mine(job, __uint_as_float(my_largest), my_first, my_above, my_below);
+  const float my_multiple = mine.restrict_to(unit);
+  const int my_col = (first + lane % kCount * step) * 128 + group_begin * 4;
+  if (my_col < job.cols && lane - group_begin < kCount && job.level_group == 0) {
+    to.scales[scale_offset(to, row, my_col >> to.group_shift)] = mine.scale;
   }
-  const int first_of_lane = to.order == CodeOrder::kTilesFp8 && lane % 2 ? col - 2 : col;
-  if (stored) *reinterpret_cast<uint32_t*>(to.codes + code_offset(to, row, first_of_lane)) = codes;
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) {
+    const int source = (lane & ~(kCount - 1)) + s;
+    const auto of_group = [&](float value) {
+      return kCount == 1 ? value : __shfl_sync(kFullMask, value, source);
+    };
+    GroupScale by = mine;
+    by.inverse = of_group(mine.inverse);
+    const float multiple = of_group(my_multiple);
+    if (job.act_codes == ActCodes::kAsymmetric) {
+      by.low = of_group(mine.low);
+      by.high = of_group(mine.high);
+    }
+    by.scale = of_group(mine.scale);
+    store_codes(job, row, place, first + s * step, by, multiple, x[s]);
+  }
 }
 
-// What the two-level scales of a row are multiples of, for a block of threads with all of its
-// columns; 0: any scale will do.
+// One stretch; `at(i)` is the value of column i.
+template <typename At>
+__device__ void round_stretch(const RowsJob& job, int64_t row, int stretch, float unit,
+                              const At& at) {
+  const int col = stretch * 128 + threadIdx.x % kWarp * 4;
+  float x[1][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[0][i] = col < job.cols ? at(col + i) : 0.0f;
+  round_stretches<1>(job, row, stretch, 1, unit, StretchPlace(job.rounded, row), x);
+}
+
+// What the two-level scales of a row are multiples of, by its greatest magnitude; thread 0 stores
+// it.
+__device__ inline float store_unit(const RowsJob& job, int64_t row, float magnitude) {
+  const GroupScale whole(job, magnitude, magnitude, 0, 0);
+  const float unit = fabsf(whole.scale) / kMostMultiple;
+  if (threadIdx.x == 0) job.rounded.scales[scale_offset(job.rounded, row, 0)] = unit;
+  return unit;
+}
+
+// The same for a block of threads with all columns of a row; 0: any scale will do.
 template <typename At>
 __device__ float row_unit(const RowsJob& job, int64_t row, const At& at) {
   if (job.level_group == 0) return 0;
@@ -177,37 +270,44 @@ __device__ float row_unit(const RowsJob& job, int64_t row, const At& at) {
   largest = __reduce_max_sync(kFullMask, largest);
   if (threadIdx.x % kWarp == 0) atomicMax(&shared, largest);
   __syncthreads();
-  const float magnitude = __uint_as_float(shared);
-  const GroupScale whole(job, magnitude, magnitude, 0, 0);
-  const float unit = fabsf(whole.scale) / kMostMultiple;
-  if (threadIdx.x == 0) job.rounded.scales[scale_offset(job.rounded, row, 0)] = unit;
-  return unit;
+  return store_unit(job, row, __uint_as_float(shared));
+}
+
+// What stands behind the last column: codes, and the scales of groups that are nothing else.
+__device__ inline void round_padding(const RowsJob& job, int64_t row) {
+  const RoundedRows& to = job.rounded;
+  const int cols = static_cast<int>(job.cols);
+  for (int i = cols + threadIdx.x; i < to.padded_cols; i += blockDim.x) {
+    to.codes[code_offset(to, row, i)] = 0;
+  }
+  const int n_used = job.level_group > 0 ? 1 : (cols + to.group - 1) / to.group;
+  for (int i = n_used + threadIdx.x; i < to.n_groups; i += blockDim.x) {
+    to.scales[scale_offset(to, row, i)] = 0.0f;
+  }
+}
+
+// Groups that round_stretches() takes.
+__host__ __device__ inline bool whole_stretches(const RowsJob& job) {
+  const int group = job.level_group > 0 ? job.level_group : job.rounded.group;
+  return (group == 32 || group == 64 || group == 128) && job.cols % 4 == 0;
 }
 
 // Columns [begin, end) of a row.
 template <typename At>
 __device__ void round_row(const RowsJob& job, int64_t row, int begin, int end, const At& at) {
   const float unit = row_unit(job, row, at);
-  const int group = job.level_group > 0 ? job.level_group : job.rounded.group;
   const int warp = threadIdx.x / kWarp, n_warps = blockDim.x / kWarp;
   const int cols = static_cast<int>(job.cols);
-  if ((group == 32 || group == 64 || group == 128) && cols % 4 == 0) {
+  if (whole_stretches(job)) {
     for (int i = begin / 128 + warp; i * 128 < end; i += n_warps) {
       round_stretch(job, row, i, unit, at);
     }
   } else {  // one block a row
+    const int group = job.level_group > 0 ? job.level_group : job.rounded.group;
     const int n_groups = (cols + group - 1) / group;
     for (int i = warp; i < n_groups; i += n_warps) round_group(job, row, i, unit, at);
   }
-  if (end < cols) return;
-  // The padding: codes, and the scales of groups that are nothing else.
-  for (int i = cols + threadIdx.x; i < job.rounded.padded_cols; i += blockDim.x) {
-    job.rounded.codes[code_offset(job.rounded, row, i)] = 0;
-  }
-  const int n_used = job.level_group > 0 ? 1 : (cols + group - 1) / group;
-  for (int i = n_used + threadIdx.x; i < job.rounded.n_groups; i += blockDim.x) {
-    job.rounded.scales[scale_offset(job.rounded, row, i)] = 0.0f;
-  }
+  if (end == cols) round_padding(job, row);
 }
 
 }  // namespace tq::cuda

@@ -180,6 +180,7 @@ bool transform_is_divided(const RowsJob& job) {
 void launch_rows(const RowsJob& job, const Gpu& gpu) {
   TQ_CHECK(job.block == 0 || job.transformed, "a transformed row needs a place");
   if (job.rows == 0) return;
+  if (job.rows > kMatvecRows && launch_many_rows(job, gpu)) return;
   // Few rows are latency: several blocks share one, where no block needs what another one writes.
   const bool whole_groups = job.bits >= 16 || job.rounded.group <= 128;
   const bool in_place = job.gain && (job.term || job.up || job.normed == job.x);

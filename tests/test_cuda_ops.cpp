@@ -31,8 +31,12 @@ TEST_F(Cuda, EmbeddingRowsEqualTheCpus) {
 
 TEST_F(Cuda, RmsNormIsTheCpusToOneUlp) {
   for (uint32_t seed : kSeeds) {
-    for (const auto& [rows, cols] :
-         {std::pair<int64_t, int64_t>{1, 8}, {3, 577}, {70, 4096}, {5, 14336}, {300, 48}}) {
+    for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 8},
+                                     {3, 577},
+                                     {70, 4096},
+                                     {5, 14336},
+                                     {300, 48},
+                                     {20, 14340}}) {
       SCOPED_TRACE(testing::Message() << "seed " << seed << " " << rows << " x " << cols);
       const std::vector<float> x = random_floats(rows * cols, seed);
       const std::vector<float> gain = random_floats(cols, seed + 1);
@@ -74,15 +78,22 @@ TEST_F(Cuda, ElementwiseOperationsAgreeWithTheCpu) {
   }
 }
 
+// Orders 1, 12, 20, 28, 36 and others; few rows and many have kernels of their own.
 TEST_F(Cuda, TransformsEqualTheCpus) {
   for (const auto& [size, block] : {std::pair<int64_t, int64_t>{2, 2},
                                     {64, 64},
                                     {576, 576},
                                     {96, 32},
+                                    {384, 128},
+                                    {8192, 8192},
                                     {1536, 1536},
+                                    {12288, 6144},
+                                    {1280, 640},
+                                    {2304, 2304},
+                                    {9728, 9728},
                                     {14336, 14336},
                                     {344, 344}}) {
-    for (bool inverse : {false, true}) {
+    for (const auto& [rows, inverse] : {std::pair{3, false}, {3, true}, {20, false}, {20, true}}) {
       std::vector<int8_t> signs(static_cast<size_t>(size));
       for (size_t i = 0; i < signs.size(); ++i) signs[i] = i % 3 ? 1 : -1;
       Transform transform;
@@ -90,15 +101,76 @@ TEST_F(Cuda, TransformsEqualTheCpus) {
       transform.size = size;
       transform.block = block;
       transform.signs = signs.data();
-      const std::vector<float> x = random_floats(3 * size, 9);
+      const std::vector<float> x = random_floats(rows * size, 9);
       std::vector<float> results[2];
       for (Backend* backend : {&cpu(), &gpu()}) {
         const auto prepared = backend->prepare_transform(transform);
         const BufferPtr buffer = guarded(*backend, x);
-        backend->transform(*buffer, 3, *prepared, inverse);
-        results[backend == &gpu()] = taken(*backend, *buffer, 3 * size);
+        backend->transform(*buffer, rows, *prepared, inverse);
+        results[backend == &gpu()] = taken(*backend, *buffer, rows * size);
       }
-      EXPECT_TRUE(same_numbers(results[1], results[0])) << size << " " << block << " " << inverse;
+      EXPECT_TRUE(same_numbers(results[1], results[0]))
+          << size << " " << block << " " << rows << " rows " << inverse;
+    }
+  }
+}
+
+// Sums, norms and SwiGLU are done by the kernel that rounds the input of a linear. Their results
+// are written where a later operation reads them, and only there.
+TEST_F(Cuda, ResultsThatAreReadLaterAreKept) {
+  const int64_t cols = 1536, out = 48;
+  const CaseMatrix matrix(Storage::kQ4, out, cols, 64, 4);
+  Linear plain, rotated;
+  plain.weight = rotated.weight = matrix.view;
+  plain.act = rotated.act = {4, 64, 1.0f, ActCodes::kAll};
+  rotated.input.kind = Transform::Kind::kHadamard;
+  rotated.input.size = rotated.input.block = cols;
+  for (const Linear& linear : {plain, rotated}) {
+    for (int64_t rows : {3, 40, 300}) {
+      SCOPED_TRACE(testing::Message() << rows << " rows, " << linear.input.block);
+      const std::vector<float> x = random_floats(rows * cols, 1), y = random_floats(rows * cols, 2);
+      const std::vector<float> gain = random_floats(cols, 3);
+      std::vector<float> results[2];
+      for (Backend* backend : {&cpu(), &gpu()}) {
+        const auto prepared = backend->prepare(linear);
+        const auto run = [&](const DeviceBuffer& from, DeviceBuffer& to) {
+          const PreparedLinear* weights[] = {prepared.get()};
+          DeviceBuffer* outs[] = {&to};
+          backend->linears(weights, from, rows, outs);
+        };
+        const BufferPtr stream = to_device(*backend, x), up = to_device(*backend, y);
+        const BufferPtr gains = to_device(*backend, gain);
+        const BufferPtr normed = backend->alloc(rows * cols), again = backend->alloc(rows * cols);
+        const BufferPtr products[] = {backend->alloc(rows * out), backend->alloc(rows * out),
+                                      backend->alloc(rows * out), backend->alloc(rows * out)};
+        backend->begin_step(rows);
+        backend->add(*stream, *up, rows * cols);
+        backend->rms_norm(*stream, *gains, 1e-5f, rows, cols, *normed);
+        run(*normed, *products[0]);
+        backend->copy_rows(*normed, 1, rows - 1, cols, *again);
+        backend->rms_norm(*up, *gains, 1e-5f, rows, cols, *normed);  // read by the linear only
+        run(*normed, *products[1]);
+        backend->rms_norm(*again, *gains, 1e-5f, rows, cols, *normed);
+        run(*normed, *products[2]);
+        backend->silu_mul(*up, *stream, rows * cols);
+        run(*up, *products[3]);
+        backend->end_step();
+        std::vector<float>& all = results[backend == &gpu()];
+        for (const DeviceBuffer* buffer : {stream.get(), normed.get(), up.get()}) {
+          const std::vector<float> values = to_host(*backend, *buffer, rows * cols);
+          all.insert(all.end(), values.begin(), values.end());
+        }
+        for (const BufferPtr& buffer : products) {
+          const std::vector<float> values = to_host(*backend, *buffer, rows * out);
+          all.insert(all.end(), values.begin(), values.end());
+        }
+      }
+      // Norms and SwiGLU to 16 ulps of numbers below 2^4; the products sum 1536 numbers of that
+      // size, whose codes are the same.
+      expect_near(results[1], results[0], [&](size_t i) {
+        const bool product = i >= static_cast<size_t>(3 * rows * cols);
+        return (product ? 16 * 1536.0 : 16 * 16.0) * kEps * 2;
+      });
     }
   }
 }

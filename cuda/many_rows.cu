@@ -1,0 +1,426 @@
+// many_rows - what rows.cu does to a row, for many rows of usual widths: a block of threads a row.
+//
+// norm_kernel - x' = round(rms_norm(silu(sum x + term) * up))
+// transform_kernel - x' = round(H(silu(sum x + term) * up))   each part optional (kernels.h,
+// RowsJob)
+// Shapes    x, term, up [rows, cols] f32; codes [rows, padded_cols] s8, scales [group, row] f32
+// Work      norm: the row stays in registers, 4 columns of each of 4 stretches a thread; all of it
+//           is asked for before any is used. Transform: it stands in shared memory; 2 butterfly
+//           stages while it is loaded, then 4 a pass, two columns side by side a thread; the base
+//           matrix by additions, its signs are part of the program (paley.cuh). A warp rounds 4
+//           stretches of 128 columns at a time
+// Memory    each input read once, each wanted result written once -> DRAM
+// Constants 16 bytes of padding after 128 and again after 1024 (wide_index): butterflies of radix
+//           16 on pairs of columns, whatever the stage, meet no bank twice. 64 registers a thread,
+//           so that four rows of 12288 columns are at work in a multiprocessor
+// Requires  takes_norm(), takes_transform(); else rows.cu
+// Error     as rows.cu
+// Source    as rows.cu
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/hadamard.cuh"
+#include "cuda/paley.cuh"
+#include "cuda/rounding.cuh"
+
+namespace tq::cuda {
+namespace {
+
+constexpr int kStretches = 4;  // of a thread of a wide row
+
+__device__ inline float silu(float x) {
+  return x / (1.0f + expf(-x));
+}
+
+__device__ inline float& element(float4& v, int i) {
+  return (&v.x)[i];
+}
+
+// Four columns of each of kCount stretches on their way in: columns begin + s * step + 0..3.
+template <int kCount>
+__device__ void load_columns(const RowsJob& job, int64_t row, int begin, int step,
+                             float (&x)[kCount][4]) {
+  const auto get = [&](const float* from, float4(&to)[kCount]) {
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+      const int col = begin + s * step;
+      if (col < job.cols) to[s] = *reinterpret_cast<const float4*>(from + row * job.cols + col);
+    }
+  };
+  const auto each = [&](const auto& work) {
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) work(s, i);
+    }
+  };
+  float4 v[kCount] = {}, more[kCount] = {};
+  get(job.x, v);
+  for (int64_t part = 1; part < job.n_parts; ++part) {
+    get(job.x + part * job.rows * job.cols, more);
+    each([&](int s, int i) { element(v[s], i) += element(more[s], i); });
+  }
+  if (job.term) {
+    get(job.term, more);
+    each([&](int s, int i) { element(v[s], i) += element(more[s], i); });
+  }
+  if (job.up) {
+    get(job.up, more);
+    each([&](int s, int i) { element(v[s], i) = silu(element(v[s], i)) * element(more[s], i); });
+  }
+  each([&](int s, int i) { x[s][i] = element(v[s], i); });
+  if (!job.sum) return;
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) {
+    const int col = begin + s * step;
+    if (col < job.cols) *reinterpret_cast<float4*>(job.sum + row * job.cols + col) = v[s];
+  }
+}
+
+template <int kCount>
+__device__ void store_columns(const RowsJob& job, int64_t row, int begin, int step,
+                              const float (&x)[kCount][4], float* to) {
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) {
+    const int col = begin + s * step;
+    if (col >= job.cols) continue;
+    *reinterpret_cast<float4*>(to + row * job.cols + col) =
+        make_float4(x[s][0], x[s][1], x[s][2], x[s][3]);
+  }
+}
+
+__device__ inline uint32_t magnitude(float x) {
+  return __float_as_uint(x) & 0x7FFFFFFFu;
+}
+
+// The greatest of a block of threads; every thread gets it.
+__device__ uint32_t block_max(uint32_t value) {
+  __shared__ uint32_t scratch[kWarp];
+  const int lane = threadIdx.x % kWarp;
+  value = __reduce_max_sync(kFullMask, value);
+  __syncthreads();  // scratch is free
+  if (lane == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return __reduce_max_sync(kFullMask, lane < blockDim.x / kWarp ? scratch[lane] : 0);
+}
+
+// A whole row of one group; `batches` as below.
+template <int kCount, typename Batches>
+__device__ void round_one_group(const RowsJob& job, int64_t row, uint32_t largest, float unit,
+                                const Batches& batches) {
+  const int lane = threadIdx.x % kWarp, n_warps = blockDim.x / kWarp;
+  uint32_t first = 0;  // ~(2 * column + sign) of the first of that magnitude
+  float above = 0, below = 0;
+  batches([&](int stretch, const float(&x)[kCount][4]) {
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t col = (stretch + s * n_warps) * 128 + lane * 4 + i;
+        if (magnitude(x[s][i]) == largest && col < job.cols) {
+          first = max(first, ~(2 * col + (__float_as_uint(x[s][i]) >> 31)));
+        }
+        above = fmaxf(above, x[s][i]);
+        below = fmaxf(below, -x[s][i]);
+      }
+    }
+  });
+  first = ~block_max(first);
+  if (job.act_codes == ActCodes::kAsymmetric) {
+    above = __uint_as_float(block_max(__float_as_uint(above)));
+    below = __uint_as_float(block_max(__float_as_uint(below)));
+  }
+  GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31), above,
+                below);
+  const float multiple = by.restrict_to(unit);
+  if (threadIdx.x == 0 && job.level_group == 0) {
+    job.rounded.scales[scale_offset(job.rounded, row, 0)] = by.scale;
+  }
+  const StretchPlace place(job.rounded, row);
+  batches([&](int stretch, const float(&x)[kCount][4]) {
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+      store_codes(job, row, place, stretch + s * n_warps, by, multiple, x[s]);
+    }
+  });
+}
+
+// A row of a block of threads. batches(f) calls f(stretch, x) with the columns of stretches
+// `stretch`, stretch + n_warps, ... of the calling warp until all have been seen; largest: the
+// greatest magnitude of the thread's.
+template <int kCount, typename Batches>
+__device__ void round_block(const RowsJob& job, int64_t row, uint32_t largest,
+                            const Batches& batches) {
+  const bool one_group = !whole_stretches(job);
+  if (one_group || job.level_group > 0) largest = block_max(largest);
+  const float unit = job.level_group > 0 ? store_unit(job, row, __uint_as_float(largest)) : 0.0f;
+  if (one_group) {
+    round_one_group<kCount>(job, row, largest, unit, batches);
+  } else {
+    const StretchPlace place(job.rounded, row);
+    batches([&](int stretch, const float(&x)[kCount][4]) {
+      round_stretches(job, row, stretch, blockDim.x / kWarp, unit, place, x);
+    });
+  }
+  round_padding(job, row);
+}
+
+// 1 / rms of the row; the double arithmetic of one warp, not of all.
+__device__ float norm_factor(const RowsJob& job, double squares) {
+  __shared__ double sums[kWarp];
+  __shared__ float factor;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  squares = warp_sum(squares);
+  if (lane == 0) sums[warp] = squares;
+  __syncthreads();
+  if (warp == 0) {
+    const double total = warp_sum(lane < blockDim.x / kWarp ? sums[lane] : 0.0);
+    const double mean = total / static_cast<double>(job.cols);
+    if (lane == 0) factor = static_cast<float>(1.0 / sqrt(mean + static_cast<double>(job.eps)));
+  }
+  __syncthreads();
+  return factor;
+}
+
+template <int kCount>
+__global__ void __launch_bounds__(1024) norm_kernel(const __grid_constant__ RowsJob job) {
+  begin_kernel();
+  const int64_t row = blockIdx.x;
+  const int begin = threadIdx.x * 4, step = blockDim.x * 4;
+  float x[kCount][4];
+  load_columns(job, row, begin, step, x);
+  if (job.gain) {
+    float4 gain[kCount] = {};
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+      const int col = begin + s * step;
+      if (col < job.cols) gain[s] = *reinterpret_cast<const float4*>(job.gain + col);
+    }
+    double squares = 0;
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        squares += static_cast<double>(x[s][i]) * static_cast<double>(x[s][i]);
+      }
+    }
+    const float factor = norm_factor(job, squares);
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[s][i] = x[s][i] * factor * element(gain[s], i);
+    }
+    if (job.normed) store_columns(job, row, begin, step, x, job.normed);
+  }
+  if (job.bits >= 16) return;
+  uint32_t largest = 0;
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = max(largest, magnitude(x[s][i]));
+  }
+  round_block<kCount>(job, row, largest,
+                      [&](const auto& work) { work(static_cast<int>(threadIdx.x / kWarp), x); });
+}
+
+// Where column i of a row stands in shared memory; linear in i's bits, and columns 4 n to 4 n + 3
+// are neighbours.
+__host__ __device__ constexpr int wide_index(int i) {
+  return i + 4 * ((i >> 5) + (i >> 8));
+}
+
+// kRadix = 2^n: n butterfly stages, strides 2^kLogHalf, twice that, ..., on all of the row.
+template <int kRadix, int kLogHalf>
+__device__ void wide_pass(float* v, int cols) {
+  constexpr int kHalf = 1 << kLogHalf;
+  for (int item = threadIdx.x; item < cols / (2 * kRadix); item += blockDim.x) {
+    const int first = (item >> (kLogHalf - 1) << kLogHalf) * kRadix + (item & (kHalf / 2 - 1)) * 2;
+    float* at = v + wide_index(first);
+    float left[kRadix], right[kRadix];
+#pragma unroll
+    for (int i = 0; i < kRadix; ++i) {
+      const float2 pair = *reinterpret_cast<const float2*>(at + wide_index(i * kHalf));
+      left[i] = pair.x;
+      right[i] = pair.y;
+    }
+    butterfly_stages(left);
+    butterfly_stages(right);
+#pragma unroll
+    for (int i = 0; i < kRadix; ++i) {
+      *reinterpret_cast<float2*>(at + wide_index(i * kHalf)) = make_float2(left[i], right[i]);
+    }
+  }
+  __syncthreads();
+}
+
+constexpr int kMaxLogInner = 14;
+
+// Stages kLogHalf and up of butterflies of 2^log_inner columns.
+template <int kLogHalf>
+__device__ void wide_passes(float* v, int cols, int log_inner) {
+  switch (log_inner - kLogHalf) {
+    case 0:
+      break;
+    case 1:
+      wide_pass<2, kLogHalf>(v, cols);
+      break;
+    case 2:
+      wide_pass<4, kLogHalf>(v, cols);
+      break;
+    case 3:
+      wide_pass<8, kLogHalf>(v, cols);
+      break;
+    default:
+      wide_pass<16, kLogHalf>(v, cols);
+      if constexpr (kLogHalf + 4 < kMaxLogInner) wide_passes<kLogHalf + 4>(v, cols, log_inner);
+  }
+}
+// The last step: element i of each of kM parts becomes a signed sum of the elements at its place.
+// Returns the greatest magnitude of the results.
+template <int kM>
+__device__ uint32_t wide_base_stage(const RowsJob& job, float* v, int log_inner) {
+  constexpr PaleySigns<kM> kSigns;
+  constexpr int kWidth = kM == 1 ? 4 : kM == 12 ? 2 : 1;  // places side by side
+  struct alignas(4 * kWidth) Vector {
+    float x[kWidth];
+  };
+  const int n_places = static_cast<int>(job.cols) / kM;
+  uint32_t largest = 0;
+  for (int place = threadIdx.x * kWidth; place < n_places; place += blockDim.x * kWidth) {
+    const int block = place >> log_inner, inner_place = place & ((1 << log_inner) - 1);
+    float* at = v + wide_index(inner_place);
+    const auto part = [&](int i) -> Vector& {
+      return *reinterpret_cast<Vector*>(at + wide_index((block * kM + i) << log_inner));
+    };
+    Vector parts[kM];
+#pragma unroll
+    for (int i = 0; i < kM; ++i) parts[i] = part(i);
+#pragma unroll
+    for (int to = 0; to < kM; ++to) {
+      Vector sum;
+#pragma unroll
+      for (int w = 0; w < kWidth; ++w) {
+        sum.x[w] = kSigns.row[0] >> to & 1 ? -parts[0].x[w] : parts[0].x[w];
+#pragma unroll
+        for (int from = 1; from < kM; ++from) {
+          const float term = parts[from].x[w];
+          sum.x[w] = kSigns.row[from] >> to & 1 ? sum.x[w] - term : sum.x[w] + term;
+        }
+        sum.x[w] *= job.hadamard_scale;
+        largest = max(largest, magnitude(sum.x[w]));
+      }
+      part(to) = sum;
+    }
+  }
+  __syncthreads();
+  return largest;
+}
+
+template <int kM>
+__global__ void __launch_bounds__(kM < 28 ? 512 : 384, 2)
+    transform_kernel(const __grid_constant__ RowsJob job) {
+  extern __shared__ float4 shared[];
+  float* v = reinterpret_cast<float*>(shared);
+  begin_kernel();
+  const int64_t row = blockIdx.x;
+  const int cols = static_cast<int>(job.cols), step = blockDim.x * 4;
+  for (int begin = threadIdx.x * 4; begin < cols; begin += kStretches * step) {
+    float x[kStretches][4];
+    load_columns(job, row, begin, step, x);
+#pragma unroll
+    for (int s = 0; s < kStretches; ++s) {
+      const int col = begin + s * step;
+      if (col >= cols) continue;
+      if (job.signs) {
+        const char4 signs = *reinterpret_cast<const char4*>(job.signs + col);
+        x[s][0] = signs.x < 0 ? -x[s][0] : x[s][0];
+        x[s][1] = signs.y < 0 ? -x[s][1] : x[s][1];
+        x[s][2] = signs.z < 0 ? -x[s][2] : x[s][2];
+        x[s][3] = signs.w < 0 ? -x[s][3] : x[s][3];
+      }
+      butterfly_stages(x[s]);
+      *reinterpret_cast<float4*>(v + wide_index(col)) =
+          make_float4(x[s][0], x[s][1], x[s][2], x[s][3]);
+    }
+  }
+  __syncthreads();
+  const int log_inner = 31 - __clz(static_cast<int>(job.block) / kM);
+  wide_passes<2>(v, cols, log_inner);
+  const uint32_t largest = wide_base_stage<kM>(job, v, log_inner);
+  const int n_warps = blockDim.x / kWarp;
+  const auto batches = [&](const auto& work) {
+    for (int stretch = threadIdx.x / kWarp; stretch * 128 < cols; stretch += kStretches * n_warps) {
+      float x[kStretches][4];
+#pragma unroll
+      for (int s = 0; s < kStretches; ++s) {
+        const int col = (stretch + s * n_warps) * 128 + threadIdx.x % kWarp * 4;
+        float4 values = {};
+        if (col < cols) values = *reinterpret_cast<const float4*>(v + wide_index(col));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[s][i] = element(values, i);
+      }
+      work(stretch, x);
+    }
+  };
+  if (job.keep_transformed) {
+    batches([&](int stretch, const float(&x)[kStretches][4]) {
+      const int begin = stretch * 128 + threadIdx.x % kWarp * 4;
+      store_columns(job, row, begin, n_warps * 128, x, job.transformed);
+    });
+  }
+  if (job.bits < 16) round_block<kStretches>(job, row, largest, batches);
+}
+
+bool rounds_by_stretches(const RowsJob& job) {
+  const int64_t group = job.level_group > 0 ? job.level_group : job.rounded.group;
+  return job.bits >= 16 || whole_stretches(job) || group >= job.cols;
+}
+
+bool takes_norm(const RowsJob& job) {
+  return job.block == 0 && job.cols % 4 == 0 && job.cols <= 1024 * 4 * kStretches &&
+         rounds_by_stretches(job);
+}
+
+int64_t transform_bytes(const RowsJob& job) {
+  return wide_index(static_cast<int>(job.cols)) * 4;
+}
+
+bool takes_transform(const RowsJob& job, const Gpu& gpu) {
+  if (job.block == 0 || job.gain || job.inverse || job.cols % 128 != 0) return false;
+  if (job.base_order != 1 && !base_in_registers(job.base_order)) return false;
+  const int64_t inner = job.block / job.base_order;
+  return inner >= 4 && inner <= 1 << kMaxLogInner && rounds_by_stretches(job) &&
+         transform_bytes(job) <= gpu.facts.shared_bytes;
+}
+
+}  // namespace
+
+bool launch_many_rows(const RowsJob& job, const Gpu& gpu) {
+  const dim3 grid(static_cast<unsigned>(job.rows));
+  const auto threads = [&](int64_t columns, int64_t most) {
+    const int64_t warps = (job.cols + columns * kWarp - 1) / (columns * kWarp);
+    return dim3(static_cast<unsigned>(std::min(warps * kWarp, most)));
+  };
+  if (takes_norm(job)) {
+    // As many threads as the device holds at once: a row in more hands is a row done sooner.
+    const bool narrow = job.cols <= 1024 || (job.cols <= 4096 && job.rows <= 2 * gpu.facts.n_sms);
+    if (narrow) {
+      launch_kernel(gpu, "rows", norm_kernel<1>, grid, threads(4, 1024), 0, job);
+    } else {
+      launch_kernel(gpu, "rows", norm_kernel<kStretches>, grid, threads(4 * kStretches, 1024), 0,
+                    job);
+    }
+    return true;
+  }
+  if (!takes_transform(job, gpu)) return false;
+  const auto kernel = job.base_order == 1    ? transform_kernel<1>
+                      : job.base_order == 12 ? transform_kernel<12>
+                      : job.base_order == 20 ? transform_kernel<20>
+                      : job.base_order == 28 ? transform_kernel<28>
+                                             : transform_kernel<36>;
+  launch_kernel(gpu, "rows", kernel, grid, threads(16, job.cols <= 16384 ? 256 : 384),
+                transform_bytes(job), job);
+  return true;
+}
+
+}  // namespace tq::cuda
