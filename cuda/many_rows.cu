@@ -145,16 +145,20 @@ __device__ void round_one_group(const RowsJob& job, int64_t row, uint32_t larges
   });
 }
 
+// Whether scales depend on the greatest magnitude of the whole row.
+__device__ inline bool needs_largest(const RowsJob& job) {
+  return job.level_group > 0 || !whole_stretches(job);
+}
+
 // A row of a block of threads. batches(f) calls f(stretch, x) with the columns of stretches
 // `stretch`, stretch + n_warps, ... of the calling warp until all have been seen; largest: the
-// greatest magnitude of the thread's.
+// greatest magnitude of the thread's, if needs_largest().
 template <int kCount, typename Batches>
 __device__ void round_block(const RowsJob& job, int64_t row, uint32_t largest,
                             const Batches& batches) {
-  const bool one_group = !whole_stretches(job);
-  if (one_group || job.level_group > 0) largest = block_max(largest);
+  if (needs_largest(job)) largest = block_max(largest);
   const float unit = job.level_group > 0 ? store_unit(job, row, __uint_as_float(largest)) : 0.0f;
-  if (one_group) {
+  if (!whole_stretches(job)) {
     round_one_group<kCount>(job, row, largest, unit, batches);
   } else {
     const StretchPlace place(job.rounded, row);
@@ -214,10 +218,12 @@ __global__ void __launch_bounds__(1024) norm_kernel(const __grid_constant__ Rows
   }
   if (job.bits >= 16) return;
   uint32_t largest = 0;
+  if (needs_largest(job)) {
 #pragma unroll
-  for (int s = 0; s < kCount; ++s) {
+    for (int s = 0; s < kCount; ++s) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) largest = max(largest, magnitude(x[s][i]));
+      for (int i = 0; i < 4; ++i) largest = max(largest, magnitude(x[s][i]));
+    }
   }
   round_block<kCount>(job, row, largest,
                       [&](const auto& work) { work(static_cast<int>(threadIdx.x / kWarp), x); });

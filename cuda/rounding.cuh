@@ -231,7 +231,7 @@ __device__ void round_stretches(const RowsJob& job, int64_t row, int first, int 
       by.low = of_group(mine.low);
       by.high = of_group(mine.high);
     }
-    by.scale = of_group(mine.scale);
+    if (job.expanded) by.scale = of_group(mine.scale);
     store_codes(job, row, place, first + s * step, by, multiple, x[s]);
   }
 }

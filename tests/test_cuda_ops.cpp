@@ -212,6 +212,7 @@ struct AttentionCase {
   int64_t n_heads, n_kv_heads, head_dim;
   int kv_bits;
   std::vector<int64_t> steps = {1, 70, 1, 5, 130, 1, 16, 1};  // rows
+  bool prepared = false;  // norms of heads before the rotation, a Hadamard matrix after it
 };
 
 // A step as long as the cache whose keys and values are NaN.
@@ -243,6 +244,11 @@ void compare_attention(Backend& cpu, Backend& gpu, const AttentionCase& c, uint3
   std::vector<double> sizes;  // of q, k, v
   for (Backend* backend : {&cpu, &gpu}) {
     const auto cache = backend->make_kv_cache(config, ctx, c.kv_bits);
+    Transform basis;
+    basis.kind = Transform::Kind::kHadamard;
+    basis.size = basis.block = c.head_dim;
+    const auto hadamard = backend->prepare_transform(basis);
+    const BufferPtr gain = to_device(*backend, random_floats(c.head_dim, seed + 3000));
     int64_t pos = 0;
     fill_with_nan(*backend, config, *cache, ctx);
     for (const int64_t rows : c.steps) {
@@ -255,8 +261,11 @@ void compare_attention(Backend& cpu, Backend& gpu, const AttentionCase& c, uint3
       const BufferPtr values = to_device(*backend, v);
       std::vector<float> empty(static_cast<size_t>(rows * config.q_dim() + kGuard), kSentinel);
       const BufferPtr out = to_device(*backend, empty);
-      backend->rope(*q, rows, c.n_heads, c.head_dim, pos, rope);
-      backend->rope(*k, rows, c.n_kv_heads, c.head_dim, pos, rope);
+      for (const auto& [heads, n] : {std::pair{q.get(), c.n_heads}, {k.get(), c.n_kv_heads}}) {
+        if (c.prepared) backend->rms_norm(*heads, *gain, 1e-5f, rows * n, c.head_dim, *heads);
+        backend->rope(*heads, rows, n, c.head_dim, pos, rope);
+        if (c.prepared) backend->transform(*heads, rows * n, *hadamard, false);
+      }
       backend->attention(*q, *k, *values, config, *cache, 1, pos, rows, *out);
       std::vector<float> got = to_host(*backend, *out, rows * config.q_dim() + kGuard);
       for (int64_t i = rows * config.q_dim(); i < static_cast<int64_t>(got.size()); ++i) {
@@ -292,6 +301,17 @@ TEST_F(Cuda, AttentionAgreesWithTheCpu) {
                                                     {3, 3, 10},
                                                     {2, 1, 64}}) {
       compare_attention(cpu(), gpu(), {heads, kv_heads, head_dim, kv_bits}, 5);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_F(Cuda, NormedAndRotatedHeadsAgreeWithTheCpu) {
+  for (int kv_bits : {32, 16, 8, 4}) {
+    for (int64_t head_dim : {16, 64, 128, 256}) {
+      AttentionCase c = {6, 3, head_dim, kv_bits};
+      c.prepared = true;
+      compare_attention(cpu(), gpu(), c, 13);
       if (HasFatalFailure()) return;
     }
   }
