@@ -28,69 +28,98 @@ namespace {
 
 constexpr int kStretches = 4;  // of a thread of a wide row
 
-__device__ inline float silu(float x) {
-  return x / (1.0f + expf(-x));
-}
-
-__device__ inline float& element(float4& v, int i) {
-  return (&v.x)[i];
-}
-
-// Four columns of each of kCount stretches on their way in: columns begin + s * step + 0..3.
-template <int kCount>
-__device__ void load_columns(const RowsJob& job, int64_t row, int begin, int step,
-                             float (&x)[kCount][4]) {
-  const auto get = [&](const float* from, float4(&to)[kCount]) {
+// x / (1 + exp(-x)) times up. A division is a function call for numbers that might leave the range
+// of f32 on the way; for all others these are its own six steps, so the quotient is the same.
+__device__ void swiglu(float (&x)[4], const float4& up) {
+  float below[4];
 #pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-      const int col = begin + s * step;
-      if (col < job.cols) to[s] = *reinterpret_cast<const float4*>(from + row * job.cols + col);
+  for (int i = 0; i < 4; ++i) below[i] = 1.0f + expf(-x[i]);
+  const float least = fminf(fminf(fabsf(x[0]), fabsf(x[1])), fminf(fabsf(x[2]), fabsf(x[3])));
+  const float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+  if (least > 0x1p-60f && most < 64.0f) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float inverse;
+      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(below[i]));
+      inverse = fmaf(inverse, fmaf(-below[i], inverse, 1.0f), inverse);
+      const float quotient = x[i] * inverse;
+      x[i] = fmaf(inverse, fmaf(-below[i], quotient, x[i]), quotient);
     }
-  };
-  const auto each = [&](const auto& work) {
+  } else {
 #pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) work(s, i);
-    }
-  };
-  float4 v[kCount] = {}, more[kCount] = {};
-  get(job.x, v);
-  for (int64_t part = 1; part < job.n_parts; ++part) {
-    get(job.x + part * job.rows * job.cols, more);
-    each([&](int s, int i) { element(v[s], i) += element(more[s], i); });
+    for (int i = 0; i < 4; ++i) x[i] /= below[i];
   }
-  if (job.term) {
-    get(job.term, more);
-    each([&](int s, int i) { element(v[s], i) += element(more[s], i); });
-  }
-  if (job.up) {
-    get(job.up, more);
-    each([&](int s, int i) { element(v[s], i) = silu(element(v[s], i)) * element(more[s], i); });
-  }
-  each([&](int s, int i) { x[s][i] = element(v[s], i); });
-  if (!job.sum) return;
-#pragma unroll
-  for (int s = 0; s < kCount; ++s) {
-    const int col = begin + s * step;
-    if (col < job.cols) *reinterpret_cast<float4*>(job.sum + row * job.cols + col) = v[s];
-  }
+  x[0] *= up.x;
+  x[1] *= up.y;
+  x[2] *= up.z;
+  x[3] *= up.w;
 }
 
 template <int kCount>
-__device__ void store_columns(const RowsJob& job, int64_t row, int begin, int step,
-                              const float (&x)[kCount][4], float* to) {
+__device__ void store_columns(const RowsJob& job, int64_t row, int col, const float (&x)[kCount][4],
+                              float* to) {
+  const int left = static_cast<int>(job.cols) - col;
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
-    const int col = begin + s * step;
-    if (col >= job.cols) continue;
-    *reinterpret_cast<float4*>(to + row * job.cols + col) =
+    if (s * 128 >= left) continue;
+    *reinterpret_cast<float4*>(to + row * job.cols + col + s * 128) =
         make_float4(x[s][0], x[s][1], x[s][2], x[s][3]);
   }
 }
 
+// Four columns, `col` and the next three, of each of kCount neighbouring stretches on their way in;
+// 0 behind the end of the row.
+template <int kCount>
+__device__ void load_columns(const RowsJob& job, int64_t row, int col, float (&x)[kCount][4]) {
+  const int64_t at = row * job.cols + col;
+  const int left = static_cast<int>(job.cols) - col;
+  float4 more[kCount];
+  const auto get = [&](const float* from) {
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+      more[s] = make_float4(0, 0, 0, 0);
+      if (s * 128 < left) more[s] = *reinterpret_cast<const float4*>(from + at + s * 128);
+    }
+  };
+  const auto add = [&] {
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+      x[s][0] += more[s].x;
+      x[s][1] += more[s].y;
+      x[s][2] += more[s].z;
+      x[s][3] += more[s].w;
+    }
+  };
+  get(job.x);
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) {
+    x[s][0] = more[s].x, x[s][1] = more[s].y, x[s][2] = more[s].z, x[s][3] = more[s].w;
+  }
+  for (int64_t part = 1; part < job.n_parts; ++part) {
+    get(job.x + part * job.rows * job.cols);
+    add();
+  }
+  if (job.term) {
+    get(job.term);
+    add();
+  }
+  if (job.up) {
+    get(job.up);
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) swiglu(x[s], more[s]);
+  }
+  if (job.sum) store_columns(job, row, col, x, job.sum);
+}
+
 __device__ inline uint32_t magnitude(float x) {
   return __float_as_uint(x) & 0x7FFFFFFFu;
+}
+
+// fmaxf that hands on what is not a number.
+__device__ inline float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
 }
 
 // The greatest of a block of threads; every thread gets it.
@@ -108,7 +137,7 @@ __device__ uint32_t block_max(uint32_t value) {
 template <int kCount, typename Batches>
 __device__ void round_one_group(const RowsJob& job, int64_t row, uint32_t largest, float unit,
                                 const Batches& batches) {
-  const int lane = threadIdx.x % kWarp, n_warps = blockDim.x / kWarp;
+  const int lane = threadIdx.x % kWarp, cols = static_cast<int>(job.cols);
   uint32_t first = 0;  // ~(2 * column + sign) of the first of that magnitude
   float above = 0, below = 0;
   batches([&](int stretch, const float(&x)[kCount][4]) {
@@ -116,9 +145,9 @@ __device__ void round_one_group(const RowsJob& job, int64_t row, uint32_t larges
     for (int s = 0; s < kCount; ++s) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t col = (stretch + s * n_warps) * 128 + lane * 4 + i;
-        if (magnitude(x[s][i]) == largest && col < job.cols) {
-          first = max(first, ~(2 * col + (__float_as_uint(x[s][i]) >> 31)));
+        const int col = (stretch + s) * 128 + lane * 4 + i;
+        if (magnitude(x[s][i]) == largest && col < cols) {
+          first = max(first, ~(2u * col + (__float_as_uint(x[s][i]) >> 31)));
         }
         above = fmaxf(above, x[s][i]);
         below = fmaxf(below, -x[s][i]);
@@ -130,17 +159,24 @@ __device__ void round_one_group(const RowsJob& job, int64_t row, uint32_t larges
     above = __uint_as_float(block_max(__float_as_uint(above)));
     below = __uint_as_float(block_max(__float_as_uint(below)));
   }
-  GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31), above,
-                below);
-  const float multiple = by.restrict_to(unit);
+  const GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31), above,
+                      below, unit);
   if (threadIdx.x == 0 && job.level_group == 0) {
     job.rounded.scales[scale_offset(job.rounded, row, 0)] = by.scale;
   }
   const StretchPlace place(job.rounded, row);
+  const bool fp8 = job.rounded.order == CodeOrder::kTilesFp8;
   batches([&](int stretch, const float(&x)[kCount][4]) {
 #pragma unroll
     for (int s = 0; s < kCount; ++s) {
-      store_codes(job, row, place, stretch + s * n_warps, by, multiple, x[s]);
+      const int col = (stretch + s) * 128 + lane * 4;
+      uint8_t* codes = place.codes + int64_t{stretch + s} * place.step;
+      if (job.expanded) store_expanded(job, row, col, by, x[s]);
+      if (fp8) {
+        store_codes<true>(by, x[s], (col & ~7) < cols, codes);
+      } else {
+        store_codes<false>(by, x[s], (col & ~7) < cols, codes);
+      }
     }
   });
 }
@@ -150,20 +186,20 @@ __device__ inline bool needs_largest(const RowsJob& job) {
   return job.level_group > 0 || !whole_stretches(job);
 }
 
-// A row of a block of threads. batches(f) calls f(stretch, x) with the columns of stretches
-// `stretch`, stretch + n_warps, ... of the calling warp until all have been seen; largest: the
-// greatest magnitude of the thread's, if needs_largest().
+// A row of a block of threads. batches(f) calls f(stretch, x) with the calling warp's columns
+// of kCount stretches from `stretch` on, until all have been seen; thread_largest: the greatest
+// magnitude of the thread's, if needs_largest().
 template <int kCount, typename Batches>
-__device__ void round_block(const RowsJob& job, int64_t row, uint32_t largest,
+__device__ void round_block(const RowsJob& job, int64_t row, float thread_largest,
                             const Batches& batches) {
-  if (needs_largest(job)) largest = block_max(largest);
+  const uint32_t largest = needs_largest(job) ? block_max(__float_as_uint(thread_largest)) : 0;
   const float unit = job.level_group > 0 ? store_unit(job, row, __uint_as_float(largest)) : 0.0f;
   if (!whole_stretches(job)) {
     round_one_group<kCount>(job, row, largest, unit, batches);
   } else {
     const StretchPlace place(job.rounded, row);
     batches([&](int stretch, const float(&x)[kCount][4]) {
-      round_stretches(job, row, stretch, blockDim.x / kWarp, unit, place, x);
+      round_stretches(job, row, stretch, unit, place, x);
     });
   }
   round_padding(job, row);
@@ -190,15 +226,16 @@ template <int kCount>
 __global__ void __launch_bounds__(1024) norm_kernel(const __grid_constant__ RowsJob job) {
   begin_kernel();
   const int64_t row = blockIdx.x;
-  const int begin = threadIdx.x * 4, step = blockDim.x * 4;
+  const int stretch = threadIdx.x / kWarp * kCount, cols = static_cast<int>(job.cols);
+  const int col = stretch * 128 + threadIdx.x % kWarp * 4;
   float x[kCount][4];
-  load_columns(job, row, begin, step, x);
+  load_columns(job, row, col, x);
   if (job.gain) {
-    float4 gain[kCount] = {};
+    float4 gains[kCount] = {};
 #pragma unroll
     for (int s = 0; s < kCount; ++s) {
-      const int col = begin + s * step;
-      if (col < job.cols) gain[s] = *reinterpret_cast<const float4*>(job.gain + col);
+      if (col + s * 128 < cols)
+        gains[s] = *reinterpret_cast<const float4*>(job.gain + col + s * 128);
     }
     double squares = 0;
 #pragma unroll
@@ -211,22 +248,23 @@ __global__ void __launch_bounds__(1024) norm_kernel(const __grid_constant__ Rows
     const float factor = norm_factor(job, squares);
 #pragma unroll
     for (int s = 0; s < kCount; ++s) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[s][i] = x[s][i] * factor * element(gain[s], i);
+      x[s][0] = x[s][0] * factor * gains[s].x;
+      x[s][1] = x[s][1] * factor * gains[s].y;
+      x[s][2] = x[s][2] * factor * gains[s].z;
+      x[s][3] = x[s][3] * factor * gains[s].w;
     }
-    if (job.normed) store_columns(job, row, begin, step, x, job.normed);
+    if (job.normed) store_columns(job, row, col, x, job.normed);
   }
   if (job.bits >= 16) return;
-  uint32_t largest = 0;
+  float largest = 0;
   if (needs_largest(job)) {
 #pragma unroll
     for (int s = 0; s < kCount; ++s) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) largest = max(largest, magnitude(x[s][i]));
+      for (int i = 0; i < 4; ++i) largest = max_or_nan(largest, fabsf(x[s][i]));
     }
   }
-  round_block<kCount>(job, row, largest,
-                      [&](const auto& work) { work(static_cast<int>(threadIdx.x / kWarp), x); });
+  round_block<kCount>(job, row, largest, [&](const auto& work) { work(stretch, x); });
 }
 
 // Where column i of a row stands in shared memory; linear in i's bits, and columns 4 n to 4 n + 3
@@ -281,22 +319,23 @@ __device__ void wide_passes(float* v, int cols, int log_inner) {
       if constexpr (kLogHalf + 4 < kMaxLogInner) wide_passes<kLogHalf + 4>(v, cols, log_inner);
   }
 }
-// The last step: element i of each of kM parts becomes a signed sum of the elements at its place.
-// Returns the greatest magnitude of the results.
+// The last step; a part is a multiple of 256 columns. Element i of each of kM parts becomes a
+// signed sum of the elements at its place. Returns the greatest magnitude of the results.
 template <int kM>
-__device__ uint32_t wide_base_stage(const RowsJob& job, float* v, int log_inner) {
+__device__ float wide_base_stage(const RowsJob& job, float* v, int log_inner) {
   constexpr PaleySigns<kM> kSigns;
   constexpr int kWidth = kM == 1 ? 4 : kM == 12 ? 2 : 1;  // places side by side
   struct alignas(4 * kWidth) Vector {
     float x[kWidth];
   };
   const int n_places = static_cast<int>(job.cols) / kM;
-  uint32_t largest = 0;
+  const int part_step = wide_index(1 << log_inner);
+  float largest = 0;
   for (int place = threadIdx.x * kWidth; place < n_places; place += blockDim.x * kWidth) {
     const int block = place >> log_inner, inner_place = place & ((1 << log_inner) - 1);
-    float* at = v + wide_index(inner_place);
+    float* at = v + wide_index(inner_place) + block * kM * part_step;
     const auto part = [&](int i) -> Vector& {
-      return *reinterpret_cast<Vector*>(at + wide_index((block * kM + i) << log_inner));
+      return *reinterpret_cast<Vector*>(at + i * part_step);
     };
     Vector parts[kM];
 #pragma unroll
@@ -313,7 +352,7 @@ __device__ uint32_t wide_base_stage(const RowsJob& job, float* v, int log_inner)
           sum.x[w] = kSigns.row[from] >> to & 1 ? sum.x[w] - term : sum.x[w] + term;
         }
         sum.x[w] *= job.hadamard_scale;
-        largest = max(largest, magnitude(sum.x[w]));
+        largest = max_or_nan(largest, fabsf(sum.x[w]));
       }
       part(to) = sum;
     }
@@ -329,13 +368,16 @@ __global__ void __launch_bounds__(kM < 28 ? 512 : 384, 2)
   float* v = reinterpret_cast<float*>(shared);
   begin_kernel();
   const int64_t row = blockIdx.x;
-  const int cols = static_cast<int>(job.cols), step = blockDim.x * 4;
-  for (int begin = threadIdx.x * 4; begin < cols; begin += kStretches * step) {
+  const int cols = static_cast<int>(job.cols), lane = threadIdx.x % kWarp;
+  const int first_stretch = threadIdx.x / kWarp * kStretches;
+  const int stretch_step = blockDim.x / kWarp * kStretches;
+  for (int stretch = first_stretch; stretch * 128 < cols; stretch += stretch_step) {
+    const int begin = stretch * 128 + lane * 4;
     float x[kStretches][4];
-    load_columns(job, row, begin, step, x);
+    load_columns(job, row, begin, x);
 #pragma unroll
     for (int s = 0; s < kStretches; ++s) {
-      const int col = begin + s * step;
+      const int col = begin + s * 128;
       if (col >= cols) continue;
       if (job.signs) {
         const char4 signs = *reinterpret_cast<const char4*>(job.signs + col);
@@ -352,26 +394,23 @@ __global__ void __launch_bounds__(kM < 28 ? 512 : 384, 2)
   __syncthreads();
   const int log_inner = 31 - __clz(static_cast<int>(job.block) / kM);
   wide_passes<2>(v, cols, log_inner);
-  const uint32_t largest = wide_base_stage<kM>(job, v, log_inner);
-  const int n_warps = blockDim.x / kWarp;
+  const float largest = wide_base_stage<kM>(job, v, log_inner);
   const auto batches = [&](const auto& work) {
-    for (int stretch = threadIdx.x / kWarp; stretch * 128 < cols; stretch += kStretches * n_warps) {
+    for (int stretch = first_stretch; stretch * 128 < cols; stretch += stretch_step) {
       float x[kStretches][4];
 #pragma unroll
       for (int s = 0; s < kStretches; ++s) {
-        const int col = (stretch + s * n_warps) * 128 + threadIdx.x % kWarp * 4;
-        float4 values = {};
+        const int col = (stretch + s) * 128 + lane * 4;
+        float4 values = make_float4(0, 0, 0, 0);
         if (col < cols) values = *reinterpret_cast<const float4*>(v + wide_index(col));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[s][i] = element(values, i);
+        x[s][0] = values.x, x[s][1] = values.y, x[s][2] = values.z, x[s][3] = values.w;
       }
       work(stretch, x);
     }
   };
   if (job.keep_transformed) {
     batches([&](int stretch, const float(&x)[kStretches][4]) {
-      const int begin = stretch * 128 + threadIdx.x % kWarp * 4;
-      store_columns(job, row, begin, n_warps * 128, x, job.transformed);
+      store_columns(job, row, stretch * 128 + lane * 4, x, job.transformed);
     });
   }
   if (job.bits < 16) round_block<kStretches>(job, row, largest, batches);
@@ -395,7 +434,7 @@ bool takes_transform(const RowsJob& job, const Gpu& gpu) {
   if (job.block == 0 || job.gain || job.inverse || job.cols % 128 != 0) return false;
   if (job.base_order != 1 && !base_in_registers(job.base_order)) return false;
   const int64_t inner = job.block / job.base_order;
-  return inner >= 4 && inner <= 1 << kMaxLogInner && rounds_by_stretches(job) &&
+  return inner >= 256 && inner <= 1 << kMaxLogInner && rounds_by_stretches(job) &&
          transform_bytes(job) <= gpu.facts.shared_bytes;
 }
 

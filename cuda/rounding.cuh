@@ -12,9 +12,12 @@ namespace tq::cuda {
 // The numbers of one rounded group (model/weights.h, ActQuant).
 struct GroupScale {
   float scale, inverse, low, high;
+  float multiple = 1.0f;  // of two-level scales, with the scale's sign
   // largest: the greatest |x|; first: the first x of that magnitude, for all codes; above, below:
-  // the greatest x and -x, not below 0, for asymmetric ones.
-  __device__ GroupScale(const RowsJob& job, float largest, float first, float above, float below) {
+  // the greatest x and -x, not below 0, for asymmetric ones; unit: what the scale is to be a
+  // multiple of, or 0.
+  __device__ GroupScale(const RowsJob& job, float largest, float first, float above, float below,
+                        float unit = 0) {
     const float half = static_cast<float>(1 << (job.bits - 1));
     high = half - 1;
     if (job.act_codes == ActCodes::kAsymmetric) {
@@ -30,25 +33,22 @@ struct GroupScale {
     } else if (job.act_codes == ActCodes::kAll) {
       const float a = first * job.clip;
       scale = -a / half;
-      inverse = a < 0 || a > 0 ? half / -a : 0.0f;
       low = -half;
+      if (unit == 0) inverse = a < 0 || a > 0 ? half / -a : 0.0f;
     } else {
       const float amax = largest * job.clip;
       scale = amax / (half - 1);
-      inverse = amax > 0 ? (half - 1) / amax : 0.0f;
       low = 1 - half;
+      if (unit == 0) inverse = amax > 0 ? (half - 1) / amax : 0.0f;
     }
-  }
-  // Two-level scales, as cpu/round_scale.h has them. Returns the multiple, with the scale's sign.
-  __device__ float restrict_to(float unit) {
-    if (unit == 0) return 1.0f;
+    if (unit == 0) return;
+    // As cpu/round_scale.h has it.
     const float wanted = scale / unit;
     const float nearest = (fabsf(wanted) + kRoundMagic) - kRoundMagic;
     const float bounded = nearest > 1 ? fminf(nearest, kMostMultiple) : 1.0f;  // 1 for NaN
-    const float multiple = wanted < 0 ? -bounded : bounded;
+    multiple = wanted < 0 ? -bounded : bounded;
     scale = multiple * unit;
     inverse = 1 / scale;
-    return multiple;
   }
   __device__ float code(float x) const {
     const float scaled = x * inverse;
@@ -85,38 +85,20 @@ __device__ void round_group(const RowsJob& job, int64_t row, int group, float un
     above = warp_max(above);
     below = warp_max(below);
   }
-  GroupScale by(job, __uint_as_float(largest), at(first), above, below);
-  const float multiple = by.restrict_to(unit);
+  const GroupScale by(job, __uint_as_float(largest), at(first), above, below, unit);
   if (lane == 0 && job.level_group == 0) to.scales[scale_offset(to, row, group)] = by.scale;
   for (int i = begin + lane; i < end; i += kWarp) {
     const float code = by.code(at(i));
-    to.codes[code_offset(to, row, i)] = code_byte(to.order, code * multiple);
+    to.codes[code_offset(to, row, i)] = code_byte(to.order, code * by.multiple);
     if (job.expanded) job.expanded[row * job.cols + i] = by.scale * code;
   }
-}
-
-/// Four small whole numbers as the bytes that stand for them.
-__device__ inline uint32_t code_bytes(CodeOrder order, const float (&codes)[4]) {
-  if (order == CodeOrder::kTilesFp8) {
-    const uint32_t low =
-        __nv_cvt_float2_to_fp8x2(make_float2(codes[0], codes[1]), __NV_SATFINITE, __NV_E4M3);
-    const uint32_t high =
-        __nv_cvt_float2_to_fp8x2(make_float2(codes[2], codes[3]), __NV_SATFINITE, __NV_E4M3);
-    return low | high << 16;
-  }
-  // The lowest byte of code + kRoundMagic: a conversion instruction takes eight times as long.
-  uint32_t bits[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(codes[i] + kRoundMagic);
-  return __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040),
-                     0x5410);
 }
 
 // Where the codes of a lane go that has four columns of each stretch of 128: of stretch 0, and how
 // much further those of the next one.
 struct StretchPlace {
   uint8_t* codes;
-  int64_t step;
+  int step;
   __device__ StretchPlace(const RoundedRows& to, int64_t row) {
     int col = threadIdx.x % kWarp * 4;
     if (to.order == CodeOrder::kTilesFp8 && threadIdx.x % 2 == 1) col -= 2;
@@ -125,115 +107,161 @@ struct StretchPlace {
   }
 };
 
-// Rounds a lane's four columns of a stretch; those behind the row's end are left out.
-__device__ inline void store_codes(const RowsJob& job, int64_t row, const StretchPlace& place,
-                                   int stretch, const GroupScale& by, float multiple,
-                                   const float (&x)[4]) {
-  const int col = stretch * 128 + threadIdx.x % kWarp * 4;
-  const bool odd = threadIdx.x % 2 == 1, inside = col < job.cols;
-  const CodeOrder order = job.rounded.order;
-  float codes[4], multiples[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    codes[i] = by.code(x[i]);
-    multiples[i] = codes[i] * multiple;
-  }
-  if (job.expanded && inside) {
-    float* expanded = job.expanded + row * job.cols + col;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) expanded[i] = by.scale * codes[i];
-  }
-  uint32_t bytes = code_bytes(order, multiples);
-  bool stored = inside;
-  if (order == CodeOrder::kTilesFp8) {
+// The codes of a lane's four columns of a stretch, to `codes` if `stored`. kFp8: the order is
+// kTilesFp8, so that multiples are 1.
+template <bool kFp8>
+__device__ inline void store_codes(const GroupScale& by, const float (&x)[4], bool stored,
+                                   uint8_t* codes) {
+  uint32_t bytes;
+  if constexpr (kFp8) {
+    const auto pair = [&](float a, float b) -> uint32_t {
+      return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+    };
+    bytes = pair(by.code(x[0]), by.code(x[1])) | pair(by.code(x[2]), by.code(x[3])) << 16;
     // Of 8 columns the even lane stores 0 4 1 5, the odd one 2 6 3 7.
     const uint32_t other = __shfl_xor_sync(kFullMask, bytes, 1);
-    bytes = odd ? __byte_perm(other, bytes, 0x7362) : __byte_perm(bytes, other, 0x5140);
-    stored = (col & ~7) < job.cols;
-  }
-  if (stored) *reinterpret_cast<uint32_t*>(place.codes + stretch * place.step) = bytes;
-}
-
-// Groups of 32, 64 or 128 columns, whole ones, by a warp: x is four columns a lane of kCount
-// stretches of 128, number `first`, first + step, ... Divisions are long and all lanes of a group
-// would do the same: of kCount stretches each lane divides for one.
-template <int kCount>
-__device__ void round_stretches(const RowsJob& job, int64_t row, int first, int step, float unit,
-                                const StretchPlace& place, const float (&x)[kCount][4]) {
-  static_assert(kCount == 1 || kCount == 2 || kCount == 4);
-  const RoundedRows& to = job.rounded;
-  const int lane = threadIdx.x % kWarp;
-  const int lanes = (job.level_group > 0 ? job.level_group : to.group) / 4;  // of a group
-  const int group_begin = lane & ~(lanes - 1);
-  const unsigned group_mask = kFullMask >> (kWarp - lanes) << group_begin;
-  uint32_t my_largest = 0;
-  float my_first = 0, my_above = 0, my_below = 0;
-#pragma unroll
-  for (int s = 0; s < kCount; ++s) {
-    uint32_t magnitudes[4], largest = 0;
+    bytes = threadIdx.x % 2 == 1 ? __byte_perm(other, bytes, 0x7362)
+                                 : __byte_perm(bytes, other, 0x5140);
+  } else {
+    // The lowest byte of a whole number + kRoundMagic; a conversion takes eight times as long.
+    uint32_t bits[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      magnitudes[i] = __float_as_uint(x[s][i]) & 0x7FFFFFFFu;
-      largest = max(largest, magnitudes[i]);
+      bits[i] = __float_as_uint(fmaf(by.code(x[i]), by.multiple, kRoundMagic));
     }
+    bytes = __byte_perm(__byte_perm(bits[0], bits[1], 0x0040),
+                        __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+  }
+  if (stored) *reinterpret_cast<uint32_t*>(codes) = bytes;
+}
+
+__device__ inline void store_expanded(const RowsJob& job, int64_t row, int col,
+                                      const GroupScale& by, const float (&x)[4]) {
+  if (col >= job.cols) return;
 #pragma unroll
-    for (int step_lanes = 16; step_lanes > 0; step_lanes /= 2) {
-      if (step_lanes < lanes) {
-        largest = max(largest, __shfl_xor_sync(kFullMask, largest, step_lanes));
-      }
+  for (int i = 0; i < 4; ++i) job.expanded[row * job.cols + col + i] = by.scale * by.code(x[i]);
+}
+
+// The greatest of values[lane % kCount] of the lanes of a group; values are lost. Each step halves
+// how many values a lane looks after.
+template <int kCount, typename T>
+__device__ inline T scattered_max(T (&values)[kCount], int lanes) {
+#pragma unroll
+  for (int left = kCount / 2, step = 1; left > 0; left /= 2, step *= 2) {
+    const bool odd = threadIdx.x & step;
+#pragma unroll
+    for (int i = 0; i < left; ++i) {
+      const T mine = odd ? values[2 * i + 1] : values[2 * i];
+      const T given = odd ? values[2 * i] : values[2 * i + 1];
+      values[i] = max(mine, __shfl_xor_sync(kFullMask, given, step));
     }
-    // Of the columns of that magnitude the first has the sign.
+  }
+  T value = values[0];
+#pragma unroll
+  for (int step = kCount; step < kWarp; step *= 2) {
+    if (step < lanes) value = max(value, __shfl_xor_sync(kFullMask, value, step));
+  }
+  return value;
+}
+
+// Of a group whose greatest and least number have the same magnitude: whether the first of them is
+// negative. For stretch lane % kCount; `largest` is that one's.
+template <int kCount>
+__device__ bool first_is_negative(const float (&x)[kCount][4], uint32_t largest, int lanes) {
+  const int lane = threadIdx.x % kWarp;
+  const unsigned group = kFullMask >> (kWarp - lanes) << (lane & ~(lanes - 1));
+  bool answer = false;
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) {
+    const uint32_t wanted = __shfl_sync(kFullMask, largest, (lane & ~(kCount - 1)) + s);
     bool found = false, negative = false;
 #pragma unroll
     for (int i = 3; i >= 0; --i) {
-      if (magnitudes[i] != largest) continue;
+      if ((__float_as_uint(x[s][i]) & 0x7FFFFFFFu) != wanted) continue;
       found = true;
       negative = __float_as_int(x[s][i]) < 0;
     }
-    const unsigned finders = __ballot_sync(kFullMask, found) & group_mask;
+    const unsigned finders = __ballot_sync(kFullMask, found) & group;
     const unsigned negatives = __ballot_sync(kFullMask, negative);
-    const bool divides = lane % kCount == s;
-    if (divides) {
-      my_largest = largest;
-      my_first =
-          finders & -finders & negatives ? -__uint_as_float(largest) : __uint_as_float(largest);
-    }
-    if (job.act_codes == ActCodes::kAsymmetric) {
-      float above = 0, below = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        above = fmaxf(above, x[s][i]);
-        below = fmaxf(below, -x[s][i]);
-      }
-      for (int step_lanes = lanes / 2; step_lanes > 0; step_lanes /= 2) {
-        above = fmaxf(above, __shfl_xor_sync(kFullMask, above, step_lanes));
-        below = fmaxf(below, __shfl_xor_sync(kFullMask, below, step_lanes));
-      }
-      if (divides) my_above = above, my_below = below;
-    }
+    if (lane % kCount == s) answer = (finders & -finders & negatives) != 0;
   }
-  GroupScale mine(job, __uint_as_float(my_largest), my_first, my_above, my_below);
-  const float my_multiple = mine.restrict_to(unit);
-  const int my_col = (first + lane % kCount * step) * 128 + group_begin * 4;
-  if (my_col < job.cols && lane - group_begin < kCount && job.level_group == 0) {
-    to.scales[scale_offset(to, row, my_col >> to.group_shift)] = mine.scale;
-  }
+  return answer;
+}
+
+// Rounds by what the lanes know: each that of its group in stretch first + lane % kCount.
+template <bool kFp8, int kCount>
+__device__ void store_stretches(const RowsJob& job, int64_t row, int first,
+                                const StretchPlace& place, const GroupScale& mine,
+                                const float (&x)[kCount][4]) {
+  const int lane = threadIdx.x % kWarp, cols = static_cast<int>(job.cols);
+  const bool asymmetric = job.act_codes == ActCodes::kAsymmetric;
+  uint8_t* codes = place.codes + int64_t{first} * place.step;
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
-    const int source = (lane & ~(kCount - 1)) + s;
     const auto of_group = [&](float value) {
-      return kCount == 1 ? value : __shfl_sync(kFullMask, value, source);
+      return kCount == 1 ? value : __shfl_sync(kFullMask, value, (lane & ~(kCount - 1)) + s);
     };
     GroupScale by = mine;
     by.inverse = of_group(mine.inverse);
-    const float multiple = of_group(my_multiple);
-    if (job.act_codes == ActCodes::kAsymmetric) {
+    if (!kFp8) by.multiple = of_group(mine.multiple);
+    if (asymmetric) {
       by.low = of_group(mine.low);
       by.high = of_group(mine.high);
     }
-    if (job.expanded) by.scale = of_group(mine.scale);
-    store_codes(job, row, place, first + s * step, by, multiple, x[s]);
+    const int col = (first + s) * 128 + lane * 4;
+    if (job.expanded) {
+      by.scale = of_group(mine.scale);
+      store_expanded(job, row, col, by, x[s]);
+    }
+    // Eight columns at a time: codes of those behind the end are 0.
+    store_codes<kFp8>(by, x[s], (col & ~7) < cols, codes + s * place.step);
   }
+}
+
+// Groups of 32, 64 or 128 columns, whole ones, by a warp: x is four columns a lane of stretches
+// `first` to first + kCount - 1, 0 behind the row's end. All lanes of a group would divide the same
+// numbers, which takes long; of kCount stretches each lane does so for one.
+template <int kCount>
+__device__ void round_stretches(const RowsJob& job, int64_t row, int first, float unit,
+                                const StretchPlace& place, const float (&x)[kCount][4]) {
+  const RoundedRows& to = job.rounded;
+  const int lane = threadIdx.x % kWarp, cols = static_cast<int>(job.cols);
+  const int lanes = (job.level_group > 0 ? job.level_group : to.group) / 4;  // of a group
+  // As signed integers the bits of numbers above 0 order like them, above all those below 0; as
+  // unsigned ones those of numbers below 0 are on top, and order like their magnitudes.
+  int tops[kCount];
+  uint32_t bottoms[kCount];
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) {
+    tops[s] = __float_as_int(x[s][0]);
+    bottoms[s] = __float_as_uint(x[s][0]);
+#pragma unroll
+    for (int i = 1; i < 4; ++i) {
+      tops[s] = max(tops[s], __float_as_int(x[s][i]));
+      bottoms[s] = max(bottoms[s], __float_as_uint(x[s][i]));
+    }
+  }
+  const int top = scattered_max(tops, lanes);
+  const int bottom = static_cast<int>(scattered_max(bottoms, lanes));
+  const bool any_above = top >= 0, any_below = bottom < 0;
+  const uint32_t above = any_above ? top : 0, below = any_below ? bottom & 0x7FFFFFFF : 0;
+  const uint32_t largest = max(above, below);
+  bool negative = any_below && (!any_above || below > above);
+  const bool tie = any_above && any_below && above == below;
+  if (job.act_codes == ActCodes::kAll && __any_sync(kFullMask, tie)) {
+    const bool answer = first_is_negative(x, largest, lanes);
+    if (tie) negative = answer;
+  }
+  const float magnitude = __uint_as_float(largest);
+  const GroupScale mine(job, magnitude, negative ? -magnitude : magnitude, __uint_as_float(above),
+                        __uint_as_float(below), unit);
+  const int group_begin = lane & ~(lanes - 1);
+  const int my_col = (first + lane % kCount) * 128 + group_begin * 4;
+  if (job.level_group == 0 && lane - group_begin < kCount && my_col < cols) {
+    to.scales[scale_offset(to, row, my_col >> to.group_shift)] = mine.scale;
+  }
+  to.order == CodeOrder::kTilesFp8 ? store_stretches<true>(job, row, first, place, mine, x)
+                                   : store_stretches<false>(job, row, first, place, mine, x);
 }
 
 // One stretch; `at(i)` is the value of column i.
@@ -244,7 +272,7 @@ __device__ void round_stretch(const RowsJob& job, int64_t row, int stretch, floa
   float x[1][4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) x[0][i] = col < job.cols ? at(col + i) : 0.0f;
-  round_stretches<1>(job, row, stretch, 1, unit, StretchPlace(job.rounded, row), x);
+  round_stretches<1>(job, row, stretch, unit, StretchPlace(job.rounded, row), x);
 }
 
 // What the two-level scales of a row are multiples of, by its greatest magnitude; thread 0 stores
