@@ -1,7 +1,7 @@
 // kernels - the launch functions of cuda/*.cu and the plain values that they take.
 //
 // A job holds pointers to device memory and sizes, no ownership. launch_<name>() checks what the
-// kernel requires and enqueues it on the GPU's stream. Read next: rows.cu, repack.cu,
+// kernel requires and enqueues it on the GPU's stream. Read next: rows.cu, many_rows.cu, repack.cu,
 // packed_matvec.cu, packed_gemm.cu, twin_gemm.cu, dense_linear.cu, heads.cu, attention_decode.cu,
 // attention_wgmma.cu.
 #pragma once

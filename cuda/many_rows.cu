@@ -463,7 +463,12 @@ bool launch_many_rows(const RowsJob& job, const Gpu& gpu) {
                       : job.base_order == 20 ? transform_kernel<20>
                       : job.base_order == 28 ? transform_kernel<28>
                                              : transform_kernel<36>;
-  launch_kernel(gpu, "rows", kernel, grid, threads(16, job.cols <= 16384 ? 256 : 384),
+  // A row in more hands where the multiprocessors have no other rows.
+  const bool alone = job.rows <= 2 * gpu.facts.n_sms || job.cols > 16384;
+  launch_kernel(gpu, "rows", kernel, grid,
+                threads(16, !alone                ? 256
+                            : job.base_order < 28 ? 512
+                                                  : 384),
                 transform_bytes(job), job);
   return true;
 }

@@ -118,7 +118,7 @@ TEST_F(Cuda, TransformsEqualTheCpus) {
 // Sums, norms and SwiGLU are done by the kernel that rounds the input of a linear. Their results
 // are written where a later operation reads them, and only there.
 TEST_F(Cuda, ResultsThatAreReadLaterAreKept) {
-  const int64_t cols = 1536, out = 48;
+  const int64_t cols = 3072, out = 48;
   const CaseMatrix matrix(Storage::kQ4, out, cols, 64, 4);
   Linear plain, rotated;
   plain.weight = rotated.weight = matrix.view;
@@ -140,7 +140,7 @@ TEST_F(Cuda, ResultsThatAreReadLaterAreKept) {
         };
         const BufferPtr stream = to_device(*backend, x), up = to_device(*backend, y);
         const BufferPtr gains = to_device(*backend, gain);
-        const BufferPtr normed = backend->alloc(rows * cols), again = backend->alloc(rows * cols);
+        const BufferPtr normed = backend->alloc(rows * cols), again = to_device(*backend, y);
         const BufferPtr products[] = {backend->alloc(rows * out), backend->alloc(rows * out),
                                       backend->alloc(rows * out), backend->alloc(rows * out)};
         backend->begin_step(rows);
@@ -165,14 +165,57 @@ TEST_F(Cuda, ResultsThatAreReadLaterAreKept) {
           all.insert(all.end(), values.begin(), values.end());
         }
       }
-      // Norms and SwiGLU to 16 ulps of numbers below 2^4; the products sum 1536 numbers of that
+      // Norms and SwiGLU to 16 ulps of numbers below 2^4; the products sum `cols` numbers of that
       // size, whose codes are the same.
       expect_near(results[1], results[0], [&](size_t i) {
         const bool product = i >= static_cast<size_t>(3 * rows * cols);
-        return (product ? 16 * 1536.0 : 16 * 16.0) * kEps * 2;
+        return (product ? 16.0 * cols : 16 * 16.0) * kEps * 2;
       });
     }
   }
+}
+
+// Divided in another way than alone, to the same bits, by numbers of all sizes.
+TEST_F(Cuda, SwigluIsTheSameBeforeALinear) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  const int64_t rows = 40, cols = 3072, out = 16;
+  const CaseMatrix matrix(Storage::kQ4, out, cols, 64, 4);
+  Linear linear;
+  linear.weight = matrix.view;
+  linear.act = {4, 64, 1.0f, ActCodes::kAll};
+  std::vector<float> x = random_floats(rows * cols, 1, 20.0f);
+  const std::vector<float> y = random_floats(rows * cols, 2);
+  const float special[] = {0.0f,
+                           -0.0f,
+                           1e-42f,
+                           -1e-42f,
+                           1e-19f,
+                           -1e-19f,
+                           63.9f,
+                           -63.9f,
+                           64.1f,
+                           -88.0f,
+                           -89.0f,
+                           -104.0f,
+                           1e30f,
+                           -1e30f,
+                           kInf,
+                           -kInf,
+                           std::numeric_limits<float>::quiet_NaN()};
+  for (size_t i = 0; i < 1000; ++i) x[i * 37] = special[i % std::size(special)];
+  const auto prepared = gpu().prepare(linear);
+  const BufferPtr alone = to_device(gpu(), x), fused = to_device(gpu(), x),
+                  up = to_device(gpu(), y);
+  gpu().silu_mul(*alone, *up, rows * cols);
+  const std::vector<float> expected = to_host(gpu(), *alone, rows * cols);
+  const BufferPtr product = gpu().alloc(rows * out);
+  const PreparedLinear* weights[] = {prepared.get()};
+  DeviceBuffer* outs[] = {product.get()};
+  gpu().begin_step(rows);
+  gpu().silu_mul(*fused, *up, rows * cols);
+  gpu().linears(weights, *fused, rows, outs);
+  gpu().end_step();
+  EXPECT_TRUE(same_numbers(to_host(gpu(), *fused, rows * cols), expected));
 }
 
 TEST_F(Cuda, DenseTransformsAgreeWithTheCpu) {
