@@ -69,18 +69,12 @@ bool is_read(std::span<const Op> ops, const float* x, int64_t count) {
 // The linears of one operation, from their input on. Built once to count memory, once for real.
 class LinearsPlan {
  public:
-  /// input_wanted: later operations read op.x, which may be a result of `before`. stream: what the
-  /// one output is added to, or null.
-  LinearsPlan(const Op& op, const RowsJob& before, bool input_wanted, float* stream, const Gpu& gpu,
-              Arena& arena)
-      : op_(op),
-        gpu_(gpu),
-        arena_(arena),
-        before_(before),
-        input_wanted_(input_wanted),
-        stream_(stream) {}
+  /// stream: what the one output is added to, or null.
+  LinearsPlan(const Op& op, const RowsJob& before, float* stream, const Gpu& gpu, Arena& arena)
+      : op_(op), gpu_(gpu), arena_(arena), before_(before), stream_(stream) {}
 
-  void run() {
+  /// input_wanted: later operations read op.x, which may be a result of `before`.
+  void run(bool input_wanted) {
     const CudaTransform& transform = op_.linears[0]->transform;
     input_ = before_.normed ? before_.normed : before_.sum ? before_.sum : before_.x;
     RowsJob first = before_;
@@ -88,11 +82,11 @@ class LinearsPlan {
     if (transform.kind != Transform::Kind::kNone) {
       add_transform(first, transform, false, arena_.take<float>(op_.rows * op_.cols));
       input_ = first.transformed;
-      first.keep_transformed = reads_input();
+      first.keep_transformed = reads_input() || op_.rows <= kMatvecRows;
       pending = true;
     }
     // Half of the traffic of many rows is results that nobody reads.
-    if (!input_wanted_ && (first.transformed || !reads_input())) {
+    if (!input_wanted && (first.transformed || !reads_input()) && op_.rows > kMatvecRows) {
       (first.normed ? first.normed : first.sum) = nullptr;
     }
     for (int i = 0; i < op_.n_linears; ++i) {
@@ -251,7 +245,6 @@ class LinearsPlan {
   const Gpu& gpu_;
   Arena& arena_;
   const RowsJob& before_;
-  const bool input_wanted_;
   float* stream_;
   const float* input_ = nullptr;  // f32, transformed if there is a transform
   std::vector<Rounding> roundings_;
@@ -380,7 +373,7 @@ size_t Executor::run_rows(std::span<const Op> ops, Arena& arena) {
       stream = ops[done++].out;
     }
     const bool wanted = is_read(ops.subspan(done), ready, job.rows * job.cols);
-    LinearsPlan(ops[i], job, wanted, stream, gpu_, arena).run();
+    LinearsPlan(ops[i], job, stream, gpu_, arena).run(wanted);
     return done;
   }
   if (!arena.counting()) launch_rows(job, gpu_);
