@@ -11,6 +11,8 @@
 // Error     the CPU's operations in the CPU's order, sums of squares in double: bit for bit, codes
 //           of the cache too; tests/test_cuda_ops.cpp
 // Source    docs/format.md, "KV cache"
+// Measured  H100 (3.03 TB/s), 2048 rows of Qwen3-8B, 16-bit cache, 2026-11-27, bench_cuda rows:
+//           39 us, 85 % of the bandwidth
 #include "cuda/hadamard.cuh"
 #include "model/error.h"
 

@@ -16,6 +16,9 @@
 // Requires  takes_norm(), takes_transform(); else rows.cu
 // Error     as rows.cu
 // Source    as rows.cu
+// Measured  H100 (3.03 TB/s), 2048 rows, 2026-11-27, bench_cuda rows: round 4096 columns 17.5 us,
+//           79 % of the bandwidth; norm and round 21.4 us, 65 %; sum, norm and round 41.7 us, 86 %;
+//           SwiGLU, Hadamard and round 12288 columns 119 us, 63 %, 14336 columns 158 us, 55 %
 #include <algorithm>
 #include <type_traits>
 

@@ -7,6 +7,7 @@
 
 #include "model/error.h"
 #include "model/forward.h"
+#include "model/hadamard.h"
 #include "tests/cuda_fixture.h"
 #include "tests/tiny_model.h"
 
@@ -289,7 +290,8 @@ void compare_attention(Backend& cpu, Backend& gpu, const AttentionCase& c, uint3
     const auto cache = backend->make_kv_cache(config, ctx, c.kv_bits);
     Transform basis;
     basis.kind = Transform::Kind::kHadamard;
-    basis.size = basis.block = c.head_dim;
+    basis.size = c.head_dim;
+    basis.block = hadamard_block(c.head_dim);
     const auto hadamard = backend->prepare_transform(basis);
     const BufferPtr gain = to_device(*backend, random_floats(c.head_dim, seed + 3000));
     int64_t pos = 0;
