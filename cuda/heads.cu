@@ -2,8 +2,8 @@
 //
 // heads - q, k <- H(rope(rms_norm(head)));  cache[pos] <- k, v   each part optional
 // Shapes    q [rows, n_heads, head_dim], k, v [rows, n_kv_heads, head_dim] f32
-// Work      heads of 64, 128 and 256: they stay in registers, 8 columns a lane, as many as the two
-//           halves of 4 lanes that a rotation pairs; 4 heads a lane, so that the reads of all are
+// Work      many rows, heads of 64, 128 and 256: they stay in registers, 8 columns a lane: the two
+//           times 4 that a rotation pairs; 4 heads a lane, so that the reads of all are
 //           under way at once and each lane computes the norm's factor of one. Others: a warp a
 //           head, in shared memory
 // Memory    every head read and written once -> DRAM in prefill, latency in decode
