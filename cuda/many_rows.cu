@@ -162,8 +162,9 @@ __device__ void round_one_group(const RowsJob& job, int64_t row, uint32_t larges
     above = __uint_as_float(block_max(__float_as_uint(above)));
     below = __uint_as_float(block_max(__float_as_uint(below)));
   }
-  const GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31), above,
-                      below, unit);
+  GroupScale by(job, __uint_as_float(largest), __uint_as_float(largest | first << 31), above,
+                below);
+  by.restrict_to(unit);
   if (threadIdx.x == 0 && job.level_group == 0) {
     job.rounded.scales[scale_offset(job.rounded, row, 0)] = by.scale;
   }

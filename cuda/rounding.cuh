@@ -14,10 +14,8 @@ struct GroupScale {
   float scale, inverse, low, high;
   float multiple = 1.0f;  // of two-level scales, with the scale's sign
   // largest: the greatest |x|; first: the first x of that magnitude, for all codes; above, below:
-  // the greatest x and -x, not below 0, for asymmetric ones; unit: what the scale is to be a
-  // multiple of, or 0.
-  __device__ GroupScale(const RowsJob& job, float largest, float first, float above, float below,
-                        float unit = 0) {
+  // the greatest x and -x, not below 0, for asymmetric ones.
+  __device__ GroupScale(const RowsJob& job, float largest, float first, float above, float below) {
     const float half = static_cast<float>(1 << (job.bits - 1));
     high = half - 1;
     if (job.act_codes == ActCodes::kAsymmetric) {
@@ -34,21 +32,25 @@ struct GroupScale {
       const float a = first * job.clip;
       scale = -a / half;
       low = -half;
-      if (unit == 0) inverse = a < 0 || a > 0 ? half / -a : 0.0f;
+      inverse = a < 0 || a > 0 ? half / -a : 0.0f;
     } else {
       const float amax = largest * job.clip;
       scale = amax / (half - 1);
       low = 1 - half;
-      if (unit == 0) inverse = amax > 0 ? (half - 1) / amax : 0.0f;
+      inverse = amax > 0 ? (half - 1) / amax : 0.0f;
     }
-    if (unit == 0) return;
-    // As cpu/round_scale.h has it.
+  }
+  // Two-level scales, as cpu/round_scale.h has them: a multiple of `unit`, unless that is 0.
+  // Returns the multiple.
+  __device__ float restrict_to(float unit) {
+    if (unit == 0) return multiple;
     const float wanted = scale / unit;
     const float nearest = (fabsf(wanted) + kRoundMagic) - kRoundMagic;
     const float bounded = nearest > 1 ? fminf(nearest, kMostMultiple) : 1.0f;  // 1 for NaN
     multiple = wanted < 0 ? -bounded : bounded;
     scale = multiple * unit;
     inverse = 1 / scale;
+    return multiple;
   }
   __device__ float code(float x) const {
     const float scaled = x * inverse;
@@ -85,7 +87,8 @@ __device__ void round_group(const RowsJob& job, int64_t row, int group, float un
     above = warp_max(above);
     below = warp_max(below);
   }
-  const GroupScale by(job, __uint_as_float(largest), at(first), above, below, unit);
+  GroupScale by(job, __uint_as_float(largest), at(first), above, below);
+  by.restrict_to(unit);
   if (lane == 0 && job.level_group == 0) to.scales[scale_offset(to, row, group)] = by.scale;
   for (int i = begin + lane; i < end; i += kWarp) {
     const float code = by.code(at(i));
@@ -253,8 +256,9 @@ __device__ void round_stretches(const RowsJob& job, int64_t row, int first, floa
     if (tie) negative = answer;
   }
   const float magnitude = __uint_as_float(largest);
-  const GroupScale mine(job, magnitude, negative ? -magnitude : magnitude, __uint_as_float(above),
-                        __uint_as_float(below), unit);
+  GroupScale mine(job, magnitude, negative ? -magnitude : magnitude, __uint_as_float(above),
+                  __uint_as_float(below));
+  mine.restrict_to(unit);
   const int group_begin = lane & ~(lanes - 1);
   const int my_col = (first + lane % kCount) * 128 + group_begin * 4;
   if (job.level_group == 0 && lane - group_begin < kCount && my_col < cols) {
