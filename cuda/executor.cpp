@@ -29,6 +29,7 @@ void add_transform(RowsJob& job, const CudaTransform& transform, bool inverse, f
   job.hadamard_scale = transform.scale;
   job.inverse = inverse;
   job.transformed = to;
+  job.keep_transformed = true;
 }
 
 void add_rounding(RowsJob& job, const ActQuant& act, const Gpu& gpu, Arena& arena) {
@@ -49,6 +50,22 @@ void add_rounding(RowsJob& job, const ActQuant& act, const Gpu& gpu, Arena& aren
   to.scales = arena.take<float>(padded_rows * to.n_groups);
 }
 
+// Whether one of the operations reads any of x[0, count) before another has written all of it. What
+// comes after the last one reads.
+bool is_read(std::span<const Op> ops, const float* x, int64_t count) {
+  const auto inside = [&](const float* at) { return at >= x && at < x + count; };
+  for (const Op& op : ops) {
+    const bool in_place = op.kind == OpKind::kRope || op.kind == OpKind::kSiluMul ||
+                          op.kind == OpKind::kAdd || op.kind == OpKind::kTransform;
+    if (inside(op.x) || inside(op.y) || inside(op.z) || (in_place && inside(op.out))) return true;
+    if (op.kind == OpKind::kRmsNorm && op.out == x && op.rows * op.cols >= count) return false;
+    for (int i = 0; i < op.n_linears; ++i) {
+      if (op.outs[i] == x && op.rows * op.linears[i]->out_dim() >= count) return false;
+    }
+  }
+  return true;
+}
+
 // The linears of one operation, from their input on. Built once to count memory, once for real.
 class LinearsPlan {
  public:
@@ -56,7 +73,8 @@ class LinearsPlan {
   LinearsPlan(const Op& op, const RowsJob& before, float* stream, const Gpu& gpu, Arena& arena)
       : op_(op), gpu_(gpu), arena_(arena), before_(before), stream_(stream) {}
 
-  void run() {
+  /// input_wanted: later operations read op.x, which may be a result of `before`.
+  void run(bool input_wanted) {
     const CudaTransform& transform = op_.linears[0]->transform;
     input_ = before_.normed ? before_.normed : before_.sum ? before_.sum : before_.x;
     RowsJob first = before_;
@@ -64,7 +82,12 @@ class LinearsPlan {
     if (transform.kind != Transform::Kind::kNone) {
       add_transform(first, transform, false, arena_.take<float>(op_.rows * op_.cols));
       input_ = first.transformed;
+      first.keep_transformed = reads_input() || op_.rows <= kMatvecRows;
       pending = true;
+    }
+    // Half of the traffic of many rows is results that nobody reads.
+    if (!input_wanted && (first.transformed || !reads_input()) && op_.rows > kMatvecRows) {
+      (first.normed ? first.normed : first.sum) = nullptr;
     }
     for (int i = 0; i < op_.n_linears; ++i) {
       const CudaLinear& linear = *op_.linears[i];
@@ -94,6 +117,14 @@ class LinearsPlan {
     RoundedRows rows;
     float* expanded;
   };
+  // Whether anything but one rounding reads the input in f32.
+  bool reads_input() const {
+    for (int i = 0; i < op_.n_linears; ++i) {
+      const CudaLinear& linear = *op_.linears[i];
+      if (!all_fragments(linear) || linear.act != op_.linears[0]->act) return true;
+    }
+    return false;
+  }
   bool launching() const { return !arena_.counting(); }
   static bool is_integer(const CudaMatrix& matrix) {
     return matrix.has_fragments() || matrix.canonical().storage == Storage::kQ4 ||
@@ -341,7 +372,8 @@ size_t Executor::run_rows(std::span<const Op> ops, Arena& arena) {
         ops[done].cols == ops[i].rows * ops[i].linears[0]->out_dim()) {
       stream = ops[done++].out;
     }
-    LinearsPlan(ops[i], job, stream, gpu_, arena).run();
+    const bool wanted = is_read(ops.subspan(done), ready, job.rows * job.cols);
+    LinearsPlan(ops[i], job, stream, gpu_, arena).run(wanted);
     return done;
   }
   if (!arena.counting()) launch_rows(job, gpu_);

@@ -13,6 +13,21 @@ __host__ __device__ constexpr int padded_index(int i) {
   return i + (i >> 5);
 }
 
+// log2(kRadix) stages on kRadix elements.
+template <int kRadix>
+__device__ inline void butterfly_stages(float (&part)[kRadix]) {
+#pragma unroll
+  for (int stage = 1; stage < kRadix; stage *= 2) {
+#pragma unroll
+    for (int i = 0; i < kRadix; ++i) {
+      if (i & stage) continue;
+      const float a = part[i], b = part[i + stage];
+      part[i] = a + b;
+      part[i + stage] = a - b;
+    }
+  }
+}
+
 // kRadix = 2^n: n butterfly stages, strides 2^log_half, twice that, ..., on all of the row.
 template <int kRadix>
 __device__ void butterfly_pass(float* v, int count, int log_half) {
@@ -22,16 +37,7 @@ __device__ void butterfly_pass(float* v, int count, int log_half) {
     float part[kRadix];
 #pragma unroll
     for (int i = 0; i < kRadix; ++i) part[i] = v[padded_index(first + i * half)];
-#pragma unroll
-    for (int stage = 1; stage < kRadix; stage *= 2) {
-#pragma unroll
-      for (int i = 0; i < kRadix; ++i) {
-        if (i & stage) continue;
-        const float a = part[i], b = part[i + stage];
-        part[i] = a + b;
-        part[i + stage] = a - b;
-      }
-    }
+    butterfly_stages(part);
 #pragma unroll
     for (int i = 0; i < kRadix; ++i) v[padded_index(first + i * half)] = part[i];
   }
@@ -148,7 +154,8 @@ __device__ inline void hadamard(const RowsJob& job, float* v) {
   float* to = job.transformed + blockIdx.x * job.cols;
   for (int i = threadIdx.x; i < cols; i += blockDim.x) {
     const float x = v[padded_index(i)] * job.hadamard_scale;
-    v[padded_index(i)] = to[i] = job.signs && job.inverse && job.signs[i] < 0 ? -x : x;
+    v[padded_index(i)] = job.signs && job.inverse && job.signs[i] < 0 ? -x : x;
+    if (job.keep_transformed) to[i] = v[padded_index(i)];
   }
   __syncthreads();
 }

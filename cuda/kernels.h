@@ -1,7 +1,7 @@
 // kernels - the launch functions of cuda/*.cu and the plain values that they take.
 //
 // A job holds pointers to device memory and sizes, no ownership. launch_<name>() checks what the
-// kernel requires and enqueues it on the GPU's stream. Read next: rows.cu, repack.cu,
+// kernel requires and enqueues it on the GPU's stream. Read next: rows.cu, many_rows.cu, repack.cu,
 // packed_matvec.cu, packed_gemm.cu, twin_gemm.cu, dense_linear.cu, heads.cu, attention_decode.cu,
 // attention_wgmma.cu.
 #pragma once
@@ -55,7 +55,8 @@ struct RowsJob {
   int64_t block, base_order;   // block 0: no transform
   float hadamard_scale;
   bool inverse;
-  float* transformed;  // [rows, cols]; needed with a transform
+  float* transformed;     // [rows, cols] room for the result so far; needed with a transform
+  bool keep_transformed;  // false: nobody reads it, so it may be left out
   // Rounding (model/weights.h, ActQuant).
   int bits;  // 16: none
   float clip;
@@ -66,6 +67,8 @@ struct RowsJob {
   float* expanded;  // scale * code [rows, cols], where a dense matrix wants rounded input
 };
 void launch_rows(const RowsJob& job, const Gpu& gpu);
+/// Its shortcut for more than kMatvecRows of usual widths; false: not one of those.
+bool launch_many_rows(const RowsJob& job, const Gpu& gpu);
 
 /// Two-level scales taken apart (weights.h); *failed: how many rows have scales that are not.
 void launch_multiples(const FragmentView& from, uchar2* multiples, float2* units, int32_t* failed,

@@ -1,11 +1,11 @@
-// rows - everything that happens to a row of activations before a matrix product, in one pass.
+// rows - everything that happens to a row of activations before a matrix product, in one pass. Few
+// rows, and rows of unusual widths; else many_rows.cu.
 //
 // rows - x' = round(H(rms_norm(silu(sum x + term) * up)))   each part optional (kernels.h, RowsJob)
 // Shapes    x, term, up [rows, cols] f32; codes [rows, padded_cols] s8, scales [group, row] f32
 // Work      a block of threads a row, or 512 columns of one of few; it stays in shared memory
-// between
-//           the parts; a warp rounds a group, or 128 columns. Of few rows a transform with a base
-//           matrix is two kernels of many blocks: butterflies of the parts, then the base matrix
+//           between the parts; a warp rounds a group, or 128 columns. Of few rows a transform with
+//           a base matrix is two kernels of many blocks: butterflies, then the base matrix
 // Memory    each input read once, each wanted result written once -> DRAM in prefill; decode is
 //           one row, so one block: latency
 // Constants 32 floats + 1 of padding in shared memory: the butterflies of neighbouring elements
@@ -180,6 +180,7 @@ bool transform_is_divided(const RowsJob& job) {
 void launch_rows(const RowsJob& job, const Gpu& gpu) {
   TQ_CHECK(job.block == 0 || job.transformed, "a transformed row needs a place");
   if (job.rows == 0) return;
+  if (job.rows > kMatvecRows && launch_many_rows(job, gpu)) return;
   // Few rows are latency: several blocks share one, where no block needs what another one writes.
   const bool whole_groups = job.bits >= 16 || job.rounded.group <= 128;
   const bool in_place = job.gain && (job.term || job.up || job.normed == job.x);

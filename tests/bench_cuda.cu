@@ -279,35 +279,59 @@ void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group,
                            {"cublaslt_int8_us", yardsticks.us[2]}});
 }
 
-void bench_rows(Bench& bench, int64_t rows, int64_t cols) {
-  Rows x(bench, rows, cols, 4, 64);
-  const DeviceMemory transformed(rows * cols * 4, "bench");
-  const double plain = bench.time(20, [&](int) { launch_rows(x.job, bench.gpu); });
-  x.job.gain = x.x.as<float>();
-  const double norm = bench.time(20, [&](int) { launch_rows(x.job, bench.gpu); });
-  x.job.gain = nullptr;
-  x.job.up = x.x.as<float>();
-  x.job.sum = x.x.as<float>();
-  x.job.transformed = transformed.as<float>();
-  x.job.block = cols;
-  x.job.base_order = hadamard_base_order(cols);
-  const std::vector<int8_t>& base = hadamard_base(x.job.base_order);
+// How much of the memory's bandwidth a kernel of many rows needs that moves so many bytes.
+double share(const Bench& bench, double bytes, double us) {
+  return bytes / us * 1e6 / bench.bandwidth;
+}
+
+// A row on its way into a linear: rounding alone, after a norm, after a sum and a norm, and what
+// comes before the down projection. Many rows are read from memory each time.
+void bench_rows(Bench& bench, int64_t rows, int64_t cols, bool two_level) {
+  Rows x(bench, rows, cols, 4, 64, two_level);
+  const int64_t count = rows * cols;
+  const int copies = copies_beyond_cache(bench, count * 4, 1);
+  const DeviceMemory inputs = bench.random_floats(copies * count), others(count * 4, "bench"),
+                     transformed(count * 4, "bench");
+  const auto time = [&](const char* what, double arrays, const RowsJob& job) {
+    const double us = bench.time(20, [&](int i) {
+      RowsJob run = job;
+      run.x = inputs.as<float>() + i % copies * count;
+      if (job.term) run.term = inputs.as<float>() + (i + 1) % copies * count;
+      if (job.up) run.up = inputs.as<float>() + (i + 1) % copies * count;
+      launch_rows(run, bench.gpu);
+    });
+    const double bytes = static_cast<double>(count) * (4 * arrays + 1);
+    std::printf("rows %5lld x %5lld%s, %s: %8.2f us, %5.1f %% of bandwidth\n",
+                static_cast<long long>(rows), static_cast<long long>(cols),
+                two_level ? ", two-level" : "", what, us, 100 * share(bench, bytes, us));
+    bench.records.push_back({{"kernel", "rows"},
+                             {"what", what},
+                             {"rows", rows},
+                             {"cols", cols},
+                             {"two_level", two_level},
+                             {"us", us},
+                             {"bandwidth_share", share(bench, bytes, us)}});
+  };
+  time("round", 1, x.job);
+  RowsJob norm = x.job;
+  norm.gain = x.x.as<float>();
+  norm.eps = 1e-6f;
+  time("norm and round", 1, norm);
+  norm.term = norm.x;
+  norm.sum = others.as<float>();
+  time("sum, norm and round", 3, norm);
+  RowsJob job = x.job;
+  job.up = job.x;
+  job.transformed = transformed.as<float>();
+  job.block = cols;
+  job.base_order = hadamard_base_order(cols);
+  const std::vector<int8_t>& base = hadamard_base(job.base_order);
   const DeviceMemory device_base(static_cast<int64_t>(base.size()), "bench");
   cuda_check(cudaMemcpy(device_base.as<void>(), base.data(), base.size(), cudaMemcpyHostToDevice),
              "copy");
-  x.job.base = device_base.as<int8_t>();
-  x.job.hadamard_scale = 0.01f;
-  const double swiglu = bench.time(20, [&](int) { launch_rows(x.job, bench.gpu); });
-  std::printf(
-      "rows %5lld x %5lld: round %8.2f us, norm and round %8.2f us, SwiGLU, Hadamard and round "
-      "%8.2f us\n",
-      static_cast<long long>(rows), static_cast<long long>(cols), plain, norm, swiglu);
-  bench.records.push_back({{"kernel", "rows"},
-                           {"rows", rows},
-                           {"cols", cols},
-                           {"round_us", plain},
-                           {"norm_round_us", norm},
-                           {"swiglu_hadamard_round_us", swiglu}});
+  job.base = device_base.as<int8_t>();
+  job.hadamard_scale = 0.01f;
+  time("SwiGLU, Hadamard and round", 2, job);
 }
 
 void bench_heads(Bench& bench, int64_t rows) {
@@ -328,7 +352,9 @@ void bench_heads(Bench& bench, int64_t rows) {
   job.cache = {16, rows, 8, 128, 256, keys.as<uint8_t>(), values.as<uint8_t>(), nullptr, nullptr};
   job.input = input.as<StepInput>();
   const double us = bench.time(20, [&](int) { launch_heads(job, bench.gpu); });
-  std::printf("heads %5lld rows: %8.2f us\n", static_cast<long long>(rows), us);
+  const double bytes = static_cast<double>(rows) * (2 * 40 + 8 + 2 * 8 / 2) * 512;
+  std::printf("heads %5lld rows: %8.2f us, %5.1f %% of bandwidth\n", static_cast<long long>(rows),
+              us, 100 * share(bench, bytes, us));
   bench.records.push_back({{"kernel", "heads"}, {"rows", rows}, {"us", us}});
 }
 
@@ -420,9 +446,10 @@ void run(const std::string& part, const std::string& json) {
     }
   }
   if (wanted("rows")) {
-    for (const int64_t rows : {1, 16, 2048}) {
-      bench_rows(bench, rows, 4096);
-      bench_rows(bench, rows, 12288);
+    for (const int64_t rows : {1, 16, 64, 512, 2048}) {
+      for (const bool two_level : {false, true}) {
+        for (const int64_t cols : {4096, 12288, 14336}) bench_rows(bench, rows, cols, two_level);
+      }
       bench_heads(bench, rows);
     }
   }

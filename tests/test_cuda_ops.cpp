@@ -7,6 +7,7 @@
 
 #include "model/error.h"
 #include "model/forward.h"
+#include "model/hadamard.h"
 #include "tests/cuda_fixture.h"
 #include "tests/tiny_model.h"
 
@@ -31,8 +32,12 @@ TEST_F(Cuda, EmbeddingRowsEqualTheCpus) {
 
 TEST_F(Cuda, RmsNormIsTheCpusToOneUlp) {
   for (uint32_t seed : kSeeds) {
-    for (const auto& [rows, cols] :
-         {std::pair<int64_t, int64_t>{1, 8}, {3, 577}, {70, 4096}, {5, 14336}, {300, 48}}) {
+    for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 8},
+                                     {3, 577},
+                                     {70, 4096},
+                                     {5, 14336},
+                                     {300, 48},
+                                     {20, 14340}}) {
       SCOPED_TRACE(testing::Message() << "seed " << seed << " " << rows << " x " << cols);
       const std::vector<float> x = random_floats(rows * cols, seed);
       const std::vector<float> gain = random_floats(cols, seed + 1);
@@ -74,15 +79,22 @@ TEST_F(Cuda, ElementwiseOperationsAgreeWithTheCpu) {
   }
 }
 
+// Orders 1, 12, 20, 28, 36 and others; few rows and many have kernels of their own.
 TEST_F(Cuda, TransformsEqualTheCpus) {
   for (const auto& [size, block] : {std::pair<int64_t, int64_t>{2, 2},
                                     {64, 64},
                                     {576, 576},
                                     {96, 32},
+                                    {384, 128},
+                                    {8192, 8192},
                                     {1536, 1536},
+                                    {12288, 6144},
+                                    {1280, 640},
+                                    {2304, 2304},
+                                    {9728, 9728},
                                     {14336, 14336},
                                     {344, 344}}) {
-    for (bool inverse : {false, true}) {
+    for (const auto& [rows, inverse] : {std::pair{3, false}, {3, true}, {20, false}, {20, true}}) {
       std::vector<int8_t> signs(static_cast<size_t>(size));
       for (size_t i = 0; i < signs.size(); ++i) signs[i] = i % 3 ? 1 : -1;
       Transform transform;
@@ -90,17 +102,121 @@ TEST_F(Cuda, TransformsEqualTheCpus) {
       transform.size = size;
       transform.block = block;
       transform.signs = signs.data();
-      const std::vector<float> x = random_floats(3 * size, 9);
+      const std::vector<float> x = random_floats(rows * size, 9);
       std::vector<float> results[2];
       for (Backend* backend : {&cpu(), &gpu()}) {
         const auto prepared = backend->prepare_transform(transform);
         const BufferPtr buffer = guarded(*backend, x);
-        backend->transform(*buffer, 3, *prepared, inverse);
-        results[backend == &gpu()] = taken(*backend, *buffer, 3 * size);
+        backend->transform(*buffer, rows, *prepared, inverse);
+        results[backend == &gpu()] = taken(*backend, *buffer, rows * size);
       }
-      EXPECT_TRUE(same_numbers(results[1], results[0])) << size << " " << block << " " << inverse;
+      EXPECT_TRUE(same_numbers(results[1], results[0]))
+          << size << " " << block << " " << rows << " rows " << inverse;
     }
   }
+}
+
+// Sums, norms and SwiGLU are done by the kernel that rounds the input of a linear. Their results
+// are written where a later operation reads them, and only there.
+TEST_F(Cuda, ResultsThatAreReadLaterAreKept) {
+  const int64_t cols = 3072, out = 48;
+  const CaseMatrix matrix(Storage::kQ4, out, cols, 64, 4);
+  Linear plain, rotated;
+  plain.weight = rotated.weight = matrix.view;
+  plain.act = rotated.act = {4, 64, 1.0f, ActCodes::kAll};
+  rotated.input.kind = Transform::Kind::kHadamard;
+  rotated.input.size = rotated.input.block = cols;
+  for (const Linear& linear : {plain, rotated}) {
+    for (int64_t rows : {3, 40, 300}) {
+      SCOPED_TRACE(testing::Message() << rows << " rows, " << linear.input.block);
+      const std::vector<float> x = random_floats(rows * cols, 1), y = random_floats(rows * cols, 2);
+      const std::vector<float> gain = random_floats(cols, 3);
+      std::vector<float> results[2];
+      for (Backend* backend : {&cpu(), &gpu()}) {
+        const auto prepared = backend->prepare(linear);
+        const auto run = [&](const DeviceBuffer& from, DeviceBuffer& to) {
+          const PreparedLinear* weights[] = {prepared.get()};
+          DeviceBuffer* outs[] = {&to};
+          backend->linears(weights, from, rows, outs);
+        };
+        const BufferPtr stream = to_device(*backend, x), up = to_device(*backend, y);
+        const BufferPtr gains = to_device(*backend, gain);
+        const BufferPtr normed = backend->alloc(rows * cols), again = to_device(*backend, y);
+        const BufferPtr products[] = {backend->alloc(rows * out), backend->alloc(rows * out),
+                                      backend->alloc(rows * out), backend->alloc(rows * out)};
+        backend->begin_step(rows);
+        backend->add(*stream, *up, rows * cols);
+        backend->rms_norm(*stream, *gains, 1e-5f, rows, cols, *normed);
+        run(*normed, *products[0]);
+        backend->copy_rows(*normed, 1, rows - 1, cols, *again);
+        backend->rms_norm(*up, *gains, 1e-5f, rows, cols, *normed);  // read by the linear only
+        run(*normed, *products[1]);
+        backend->rms_norm(*again, *gains, 1e-5f, rows, cols, *normed);
+        run(*normed, *products[2]);
+        backend->silu_mul(*up, *stream, rows * cols);
+        run(*up, *products[3]);
+        backend->end_step();
+        std::vector<float>& all = results[backend == &gpu()];
+        for (const DeviceBuffer* buffer : {stream.get(), normed.get(), up.get()}) {
+          const std::vector<float> values = to_host(*backend, *buffer, rows * cols);
+          all.insert(all.end(), values.begin(), values.end());
+        }
+        for (const BufferPtr& buffer : products) {
+          const std::vector<float> values = to_host(*backend, *buffer, rows * out);
+          all.insert(all.end(), values.begin(), values.end());
+        }
+      }
+      // Norms and SwiGLU to 16 ulps of numbers below 2^4; the products sum `cols` numbers of that
+      // size, whose codes are the same.
+      expect_near(results[1], results[0], [&](size_t i) {
+        const bool product = i >= static_cast<size_t>(3 * rows * cols);
+        return (product ? 16.0 * cols : 16 * 16.0) * kEps * 2;
+      });
+    }
+  }
+}
+
+// Divided in another way than alone, to the same bits, by numbers of all sizes.
+TEST_F(Cuda, SwigluIsTheSameBeforeALinear) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  const int64_t rows = 40, cols = 3072, out = 16;
+  const CaseMatrix matrix(Storage::kQ4, out, cols, 64, 4);
+  Linear linear;
+  linear.weight = matrix.view;
+  linear.act = {4, 64, 1.0f, ActCodes::kAll};
+  std::vector<float> x = random_floats(rows * cols, 1, 20.0f);
+  const std::vector<float> y = random_floats(rows * cols, 2);
+  const float special[] = {0.0f,
+                           -0.0f,
+                           1e-42f,
+                           -1e-42f,
+                           1e-19f,
+                           -1e-19f,
+                           63.9f,
+                           -63.9f,
+                           64.1f,
+                           -88.0f,
+                           -89.0f,
+                           -104.0f,
+                           1e30f,
+                           -1e30f,
+                           kInf,
+                           -kInf,
+                           std::numeric_limits<float>::quiet_NaN()};
+  for (size_t i = 0; i < 1000; ++i) x[i * 37] = special[i % std::size(special)];
+  const auto prepared = gpu().prepare(linear);
+  const BufferPtr alone = to_device(gpu(), x), fused = to_device(gpu(), x),
+                  up = to_device(gpu(), y);
+  gpu().silu_mul(*alone, *up, rows * cols);
+  const std::vector<float> expected = to_host(gpu(), *alone, rows * cols);
+  const BufferPtr product = gpu().alloc(rows * out);
+  const PreparedLinear* weights[] = {prepared.get()};
+  DeviceBuffer* outs[] = {product.get()};
+  gpu().begin_step(rows);
+  gpu().silu_mul(*fused, *up, rows * cols);
+  gpu().linears(weights, *fused, rows, outs);
+  gpu().end_step();
+  EXPECT_TRUE(same_numbers(to_host(gpu(), *fused, rows * cols), expected));
 }
 
 TEST_F(Cuda, DenseTransformsAgreeWithTheCpu) {
@@ -140,6 +256,7 @@ struct AttentionCase {
   int64_t n_heads, n_kv_heads, head_dim;
   int kv_bits;
   std::vector<int64_t> steps = {1, 70, 1, 5, 130, 1, 16, 1};  // rows
+  bool prepared = false;  // norms of heads before the rotation, a Hadamard matrix after it
 };
 
 // A step as long as the cache whose keys and values are NaN.
@@ -171,6 +288,12 @@ void compare_attention(Backend& cpu, Backend& gpu, const AttentionCase& c, uint3
   std::vector<double> sizes;  // of q, k, v
   for (Backend* backend : {&cpu, &gpu}) {
     const auto cache = backend->make_kv_cache(config, ctx, c.kv_bits);
+    Transform basis;
+    basis.kind = Transform::Kind::kHadamard;
+    basis.size = c.head_dim;
+    basis.block = hadamard_block(c.head_dim);
+    const auto hadamard = backend->prepare_transform(basis);
+    const BufferPtr gain = to_device(*backend, random_floats(c.head_dim, seed + 3000));
     int64_t pos = 0;
     fill_with_nan(*backend, config, *cache, ctx);
     for (const int64_t rows : c.steps) {
@@ -183,8 +306,11 @@ void compare_attention(Backend& cpu, Backend& gpu, const AttentionCase& c, uint3
       const BufferPtr values = to_device(*backend, v);
       std::vector<float> empty(static_cast<size_t>(rows * config.q_dim() + kGuard), kSentinel);
       const BufferPtr out = to_device(*backend, empty);
-      backend->rope(*q, rows, c.n_heads, c.head_dim, pos, rope);
-      backend->rope(*k, rows, c.n_kv_heads, c.head_dim, pos, rope);
+      for (const auto& [heads, n] : {std::pair{q.get(), c.n_heads}, {k.get(), c.n_kv_heads}}) {
+        if (c.prepared) backend->rms_norm(*heads, *gain, 1e-5f, rows * n, c.head_dim, *heads);
+        backend->rope(*heads, rows, n, c.head_dim, pos, rope);
+        if (c.prepared) backend->transform(*heads, rows * n, *hadamard, false);
+      }
       backend->attention(*q, *k, *values, config, *cache, 1, pos, rows, *out);
       std::vector<float> got = to_host(*backend, *out, rows * config.q_dim() + kGuard);
       for (int64_t i = rows * config.q_dim(); i < static_cast<int64_t>(got.size()); ++i) {
@@ -220,6 +346,17 @@ TEST_F(Cuda, AttentionAgreesWithTheCpu) {
                                                     {3, 3, 10},
                                                     {2, 1, 64}}) {
       compare_attention(cpu(), gpu(), {heads, kv_heads, head_dim, kv_bits}, 5);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_F(Cuda, NormedAndRotatedHeadsAgreeWithTheCpu) {
+  for (int kv_bits : {32, 16, 8, 4}) {
+    for (int64_t head_dim : {16, 64, 128, 256}) {
+      AttentionCase c = {6, 3, head_dim, kv_bits};
+      c.prepared = true;
+      compare_attention(cpu(), gpu(), c, 13);
       if (HasFatalFailure()) return;
     }
   }
