@@ -228,19 +228,17 @@ def measure(run, args, text, store, quantized):
         record |= {key: kl[key] for key in ("kl_mean", "top1_agreement")}
     on_gpu = ", evaluated on a GPU" if args.device == "cuda" else ""
     record |= {"all_windows": not args.windows, "date": datetime.date.today().isoformat(),
-               "machine": machine(args.threads) + on_gpu}
+               "machine": machine() + on_gpu, "threads": args.threads or os.cpu_count()}
     store.add(run, record)
 
 
-def machine(threads):
-    """Processor and threads, for the line above the table."""
-    name = platform.processor() or platform.machine()
+def machine():
+    """The processor, for the line above the table."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.M).group(1)
+            return re.search(r"^model name\s*:\s*(.+)$", file.read(), re.M).group(1)
     except (OSError, AttributeError):
-        pass
-    return f"{name}, {threads or os.cpu_count()} threads"
+        return platform.processor() or platform.machine()
 
 
 def sha256(data):
@@ -287,8 +285,11 @@ def table_line(row, records):
     bits, reported = "as stored", ["", "", "", ""]
     if quantize:
         bits = f"{max(column('bits_per_weight')):.4f}"
+        longest = max(records, key=lambda record: record["seconds"])
+        threads = f" ({longest['threads']})" if longest["threads"] else ""
         reported = [spread(column("kl_mean"), 4), spread(column("top1_agreement", 100), 2),
-                    f"{max(column('seconds')):.0f}", f"{max(column('peak_rss_bytes', 1e-6)):.0f}"]
+                    f"{longest['seconds']:.0f}{threads}",
+                    f"{max(column('peak_rss_bytes', 1e-6)):.0f}"]
     return "| " + " | ".join([first["model"], row.name, bits, spread(column("ppl"), 3), f"{error:.2f}",
                               str(min(column("windows"))), *reported, command]) + " |"
 
@@ -313,7 +314,7 @@ def render(runs, store):
                f"{shown[0]['protocol']}. KL and top-1 agreement with the folder: first "
                f"{KL_WINDOWS} windows.")
     head = ["model", "row", "bits per weight of linears", "perplexity", "+-", "windows", "KL mean", "top-1 %",
-            "quantizing, s", "peak MB", "command"]
+            "quantizing, s (threads)", "peak MB", "command"]
     return "\n".join([BEGIN, caption, "", "| " + " | ".join(head) + " |",
                       "|" + "---|" * len(head), *lines, END])
 
