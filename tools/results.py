@@ -67,6 +67,7 @@ ROWS = [
     Row("TwinQuant SVD r128 W4A4", "--method twinquant --split svd --rank 128 --bits-a 4"),
     Row("TwinQuant r32 W4A4KV4", "--method twinquant --rank 32 --bits-a 4", "--kv-bits 4"),
     Row("TwinQuant r32 W4A4", "--method twinquant --rank 32 --bits-a 4", seeds=3),
+    Row("TwinQuant r32 W4A4, 1000 steps", "--method twinquant --rank 32 --bits-a 4 --steps 1000"),
     Row("TwinQuant r128 W4A4", "--method twinquant --rank 128 --bits-a 4", seeds=3),
     Row("TwinQuant r32 W4A4, inputs in groups of 32",
         "--method twinquant --rank 32 --bits-a 4 --group-a 32 --refine-steps 48"),
