@@ -264,7 +264,7 @@ struct OneRow {
     key.load_constants(job, job.k_gain, pos);
   }
   __device__ void run(const HeadsJob& job, int64_t first_head, int n_queries, int kv_head, int pos,
-                      bool newest, float (*queries)[kDim]) {
+                      bool newest, bool wanted, float (*queries)[kDim]) {
     const int warp = threadIdx.x / kWarp;
     const bool with_key = newest && warp == kWarps - 1, with_value = newest && warp == 0;
     Head<kDim> value;
@@ -274,7 +274,7 @@ struct OneRow {
     const int64_t place = (kv_head * job.cache.ctx + pos) * kDim;
     if (with_key) {
       key.turn(job, job.k_gain);
-      key.store(job.k + kv_head * kDim);
+      if (wanted) key.store(job.k + kv_head * kDim);
       key.store(reinterpret_cast<__half*>(job.cache.keys) + place);
     }
     if (with_value) value.store(reinterpret_cast<__half*>(job.cache.values) + place);
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     heads.load_constants(job.heads, pos0);
     begin_kernel();
     const bool newest = begin <= pos0 && pos0 < end;
-    heads.run(job.heads, first_head, n_queries, kv_head, pos0, newest, queries);
+    heads.run(job.heads, first_head, n_queries, kv_head, pos0, newest, job.heads_wanted, queries);
     from = queries[0];
   } else {
     begin_kernel();
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   if (n_splits > 1 && !finish_stretch(job, first_head, n_queries)) return;
   // Every block has read q.
-  if (!job.heads.q) return;
+  if (!job.heads.q || !job.heads_wanted) return;
   for (int item = threadIdx.x; item < n_queries * kDim; item += kThreads) {
     job.heads.q[first_head * kDim + item] = queries[item / kDim][item % kDim];
   }

@@ -42,6 +42,7 @@ __device__ inline int64_t code_offset(const RoundedRows& x, int64_t row, int64_t
 
 /// Index of the scale of a row's group.
 __device__ inline int64_t scale_offset(const RoundedRows& x, int64_t row, int64_t group) {
+  if (x.order == CodeOrder::kLanes) return group * kMatvecRows + row;
   return (row / kRowStep * x.n_groups + group) * kRowStep + row % kRowStep;
 }
 
@@ -108,18 +109,29 @@ __device__ inline float canonical_at(const CanonicalView& w, int64_t row, int64_
   return 0;
 }
 
-/// One output of a packed linear.
+/// One output of a packed linear. For the stream, which nobody else adds to, the thread does not
+/// wait.
 __device__ inline void store_output(const PackedSegment& segment, int64_t token, int64_t row,
                                     float value) {
   const int64_t at = token * segment.w.rows + row;
   if (segment.accumulate) value += segment.y[at];
-  segment.y[at] = value;
-  if (segment.stream) segment.stream[at] += value;
+  if (segment.y) segment.y[at] = value;
+  if (segment.stream) atomicAdd(segment.stream + at, value);
 }
 
 /// Asks for the 128 bytes around `at` to be in the second-level cache soon.
 __device__ inline void prefetch(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
+/// The same for a stretch of 16 n bytes, by the copy engine where there is one: many single
+/// prefetches would stand in the way of the loads of the kernel that is at work.
+__device__ inline void prefetch_bytes(const void* at, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
+#else
+  for (int i = 0; i < bytes; i += 128) prefetch(static_cast<const uint8_t*>(at) + i);
+#endif
 }
 
 /// Waits for the kernel before: everything that an earlier one wrote may be read from here on. What

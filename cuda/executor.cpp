@@ -17,7 +17,6 @@ RowsJob plain_rows(const float* x, int64_t rows, int64_t cols) {
   job.n_parts = 1;
   job.rows = rows;
   job.cols = cols;
-  job.bits = 16;
   return job;
 }
 
@@ -59,6 +58,10 @@ bool is_read(std::span<const Op> ops, const float* x, int64_t count) {
                           op.kind == OpKind::kAdd || op.kind == OpKind::kTransform;
     if (inside(op.x) || inside(op.y) || inside(op.z) || (in_place && inside(op.out))) return true;
     if (op.kind == OpKind::kRmsNorm && op.out == x && op.rows * op.cols >= count) return false;
+    if (op.kind == OpKind::kAttention && op.out == x &&
+        op.rows * op.n_heads * op.head_dim >= count) {
+      return false;
+    }
     for (int i = 0; i < op.n_linears; ++i) {
       if (op.outs[i] == x && op.rows * op.linears[i]->out_dim() >= count) return false;
     }
@@ -73,8 +76,10 @@ class LinearsPlan {
   LinearsPlan(const Op& op, const RowsJob& before, float* stream, const Gpu& gpu, Arena& arena)
       : op_(op), gpu_(gpu), arena_(arena), before_(before), stream_(stream) {}
 
-  /// input_wanted: later operations read op.x, which may be a result of `before`.
-  void run(bool input_wanted) {
+  /// input_wanted: later operations read op.x, which may be a result of `before`; output_wanted:
+  /// they read the outputs, not only the stream.
+  void run(bool input_wanted, bool output_wanted) {
+    output_wanted_ = output_wanted;
     const CudaTransform& transform = op_.linears[0]->transform;
     input_ = before_.normed ? before_.normed : before_.sum ? before_.sum : before_.x;
     RowsJob first = before_;
@@ -86,7 +91,7 @@ class LinearsPlan {
       pending = true;
     }
     // Half of the traffic of many rows is results that nobody reads.
-    if (!input_wanted && (first.transformed || !reads_input()) && op_.rows > kMatvecRows) {
+    if (!input_wanted && (first.transformed || !reads_input())) {
       (first.normed ? first.normed : first.sum) = nullptr;
     }
     for (int i = 0; i < op_.n_linears; ++i) {
@@ -100,8 +105,13 @@ class LinearsPlan {
         const bool dense = !is_integer(*other.weight);
         if (other.act == linear.act && dense) job.expanded = expanded(job.expanded);
       }
-      if (launching()) launch_rows(job, gpu_);
-      roundings_.push_back({linear.act, job.rounded, job.expanded});
+      Rounding rounding = {linear.act, job.rounded, job.expanded, {}};
+      if (!reads_input() && matvec_rounds(job)) {
+        rounding.before = job;
+      } else if (launching()) {
+        launch_rows(job, gpu_);
+      }
+      roundings_.push_back(rounding);
     }
     if (pending && launching()) launch_rows(first, gpu_);
     for (const Rounding& rounding : roundings_) run_packed(rounding);
@@ -116,6 +126,7 @@ class LinearsPlan {
     ActQuant act;
     RoundedRows rows;
     float* expanded;
+    RowsJob before;  // bits below 16: products make `rows` themselves
   };
   // Whether anything but one rounding reads the input in f32.
   bool reads_input() const {
@@ -154,6 +165,7 @@ class LinearsPlan {
   void run_packed(const Rounding& rounding) {
     PackedJob down = {}, main = {};
     down.x = main.x = rounding.rows;
+    down.before = main.before = rounding.before;
     down.rows = main.rows = op_.rows;
     std::vector<RowsJob> narrow;
     // x' A^T has few rows of weights: its columns are shared out too, so that more of the device
@@ -169,7 +181,7 @@ class LinearsPlan {
       if (!takes(linear, rounding)) continue;
       PackedSegment& segment = main.segments[main.n_segments++];
       segment.w = linear.weight->fragments();
-      segment.y = op_.outs[i];
+      segment.y = stream_ && !output_wanted_ ? nullptr : op_.outs[i];
       segment.stream = stream_;
       if (!linear.branch_a) continue;
       const FragmentView& a = linear.branch_a->fragments();
@@ -189,7 +201,11 @@ class LinearsPlan {
       add_rounding(job, linear.branch_act, gpu_, arena_);
       segment.b = linear.branch_b->fragments();
       segment.h = job.rounded;
-      narrow.push_back(job);
+      if (op_.rows <= kMatvecRows && matvec_rounds_narrow(job)) {
+        segment.narrow = job;
+      } else {
+        narrow.push_back(job);
+      }
     }
     launch(down);
     for (const RowsJob& job : narrow) {
@@ -246,6 +262,7 @@ class LinearsPlan {
   Arena& arena_;
   const RowsJob& before_;
   float* stream_;
+  bool output_wanted_ = true;
   const float* input_ = nullptr;  // f32, transformed if there is a transform
   std::vector<Rounding> roundings_;
 };
@@ -372,8 +389,11 @@ size_t Executor::run_rows(std::span<const Op> ops, Arena& arena) {
         ops[done].cols == ops[i].rows * ops[i].linears[0]->out_dim()) {
       stream = ops[done++].out;
     }
-    const bool wanted = is_read(ops.subspan(done), ready, job.rows * job.cols);
-    LinearsPlan(ops[i], job, stream, gpu_, arena).run(wanted);
+    const std::span<const Op> later = ops.subspan(done);
+    const bool output_wanted =
+        !stream || is_read(later, ops[i].outs[0], ops[i].rows * ops[i].linears[0]->out_dim());
+    LinearsPlan(ops[i], job, stream, gpu_, arena)
+        .run(is_read(later, ready, job.rows * job.cols), output_wanted);
     return done;
   }
   if (!arena.counting()) launch_rows(job, gpu_);
@@ -450,12 +470,17 @@ size_t Executor::run_heads(std::span<const Op> ops, Arena& arena) {
     job.base = basis->base();
     job.hadamard_scale = basis->scale;
   }
-  run_attention(attention, job, arena);
+  const std::span<const Op> later = ops.subspan(end + 1);
+  const int64_t n_vectors = job.rows * job.head_dim;
+  const bool wanted = is_read(later, job.q, n_vectors * job.n_heads) ||
+                      is_read(later, job.k, n_vectors * job.n_kv_heads);
+  run_attention(attention, job, wanted, arena);
   return end + 1;
 }
 
-void Executor::run_attention(const Op& op, const HeadsJob& heads, Arena& arena) {
+void Executor::run_attention(const Op& op, const HeadsJob& heads, bool heads_wanted, Arena& arena) {
   AttentionJob job = {};
+  job.heads_wanted = heads_wanted;
   if (attention_takes_heads(heads)) {
     job.heads = heads;
   } else if (!arena.counting()) {

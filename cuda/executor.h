@@ -49,8 +49,7 @@ class Executor {
   size_t run(std::span<const Op> ops, Arena arena);
   size_t run_rows(std::span<const Op> ops, Arena& arena);
   size_t run_heads(std::span<const Op> ops, Arena& arena);
-  void run_linears(const Op& op, const RowsJob& before, Arena& arena);
-  void run_attention(const Op& op, const HeadsJob& heads, Arena& arena);
+  void run_attention(const Op& op, const HeadsJob& heads, bool heads_wanted, Arena& arena);
   void run_transform(const Op& op, Arena& arena);
 
   const Gpu& gpu_;

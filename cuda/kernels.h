@@ -28,7 +28,9 @@ enum class CodeOrder : int32_t {
 struct RoundedRows {
   uint8_t* codes;  // padded_cols bytes a row
   CodeOrder order;
-  float* scales;        // [rows / kRowStep, n_groups, kRowStep] (scale_offset, device.cuh)
+  // [rows / kRowStep, n_groups, kRowStep]; kLanes: [n_groups, kMatvecRows] (scale_offset,
+  // device.cuh)
+  float* scales;
   int64_t padded_cols;  // multiple of kBlockCols; codes behind the last column are 0
   int32_t group;        // columns a scale; at least padded_cols if there is one group
   int32_t group_shift;  // of a power of two, or of one group (weights.h)
@@ -58,7 +60,7 @@ struct RowsJob {
   float* transformed;     // [rows, cols] room for the result so far; needed with a transform
   bool keep_transformed;  // false: nobody reads it, so it may be left out
   // Rounding (model/weights.h, ActQuant).
-  int bits;  // 16: none
+  int bits = 16;  // 16: none
   float clip;
   ActCodes act_codes;
   // Two-level scales: columns of a group; `rounded` has one then, and codes times multiples.
@@ -125,14 +127,18 @@ struct PackedSegment {
   FragmentView w;
   FragmentView b;  // n_panels 0: no low-rank component
   RoundedRows h;
-  float* y;
-  bool accumulate;
-  float* stream;  // [m, out] += y, or null: the residual stream
+  RowsJob narrow;   // of few rows, with bits below 16: h is made of this by the product itself
+  float* y;         // null: only the stream is wanted
+  bool accumulate;  // y +=
+  float* stream;    // [m, out] += y, or null: the residual stream
   // Blocks of 128 columns of w that take part, for many rows; n_blocks 0: all.
   int32_t first_block, n_blocks;
 };
 struct PackedJob {
   RoundedRows x;
+  // Of one row, with bits below 16: x is made of this by the product itself, in every block of
+  // threads; x.codes and x.scales are null. matvec_rounds() says which norms and roundings.
+  RowsJob before;
   int64_t rows;
   int32_t n_segments;
   PackedSegment segments[kMaxLinears];
@@ -142,6 +148,8 @@ int smallest_group_shift(const PackedJob& job);
 /// By the order of the codes, the scales and the GPU one of the four below.
 void launch_packed(const PackedJob& job, const Gpu& gpu);
 void launch_packed_matvec(const PackedJob& job, const Gpu& gpu);
+bool matvec_rounds(const RowsJob& before);
+bool matvec_rounds_narrow(const RowsJob& narrow);
 void launch_packed_gemm(const PackedJob& job, const Gpu& gpu);
 void launch_twin_gemm(const PackedJob& job, const Gpu& gpu);
 bool takes_two_level(const PackedJob& job, const Gpu& gpu);
@@ -191,6 +199,7 @@ struct AttentionJob {
   int64_t n_splits;   // attention_splits()
   // What launch_heads() would have done before, if attention_takes_heads(); its q null: nothing.
   HeadsJob heads;
+  bool heads_wanted;  // somebody else reads heads.q and heads.k
 };
 constexpr int64_t kAttentionCounters = 1 << 16;
 /// Stretches that the keys of a row are cut in, for a timeline of up to max_keys.

@@ -3,15 +3,15 @@
 //
 // packed_matvec - y_s (+)= x' R_s^T + h_s' B_s^T for all linears s that read the same rounded x
 // Shapes    R, B in fragment order (weights.h), x', h' rounded rows (m <= 16), y_s [m, out_s] f32
-// Work      a block a panel of 16 rows; its 8 warps take every 8th block of 64 columns, of R, then
-//           of B; sums of the warps are added through shared memory in a fixed order
-// Memory    each code read once by one lane, 16 bytes at a time, four blocks asked for while four
-//           are multiplied -> DRAM. x' comes from the second-level cache: 64 bytes a token and
-//           block of 64 columns
-// Constants 8 warps: a 4096-column panel is 8 blocks a warp, two rounds of loads. The weights are
-//           operand A of mma m16n8k32, tokens are the 8 columns of B: the tensor cores do 8 tokens
-//           in the time of one, so that 1 and 8 tokens cost the same
-// Requires  m <= 16; groups of 2^n >= 32 columns or whole rows (weights.cpp, fits_fragments)
+// Work      a block a panel of 16 rows; its warps take every kWarps-th block of 64 columns, of B,
+//           then of R; sums of the warps are added through shared memory in a fixed order
+// Memory    each code read once by one lane, 16 bytes at a time, a few blocks asked for while as
+//           many are multiplied -> DRAM. x' comes from the caches: 64 bytes a token and block
+// Constants few instructions a block of 64 columns (30 for one token): above 60 the multiprocessor
+//           issues them no faster than an H200's memory delivers. So addresses are steps from the
+//           last ones, and lanes of absent tokens read the last one's row. The weights are operand
+//           A of mma m16n8k32, tokens are the 8 columns of B; one token fills all of them
+// Requires  m <= 16; groups of 32 to 256 columns or whole rows (weights.cpp, fits_fragments)
 // Error     dots exact; groups are added in another order than the CPU's: gamma_n_groups
 //           sum_g |scale dot|; tests/test_cuda_linears.cpp
 // Source    kernels of Marlin (Frantar et al. 2024) for the offline fragment order
@@ -19,187 +19,392 @@
 
 #include "cuda/device.cuh"
 #include "cuda/mma.cuh"
+#include "cuda/row_block.cuh"
 #include "model/error.h"
 
 namespace tq::cuda {
 namespace {
 
-constexpr int kWarps = 8;
+// kUnroll: how many blocks of columns a warp asks for at once.
+template <int kTokens_, bool kGroups32_, int kUnroll_>
+struct Shape {
+  static constexpr int kTokens = kTokens_, kTiles = (kTokens + 7) / 8, kUnroll = kUnroll_;
+  // Warps of a block of threads, and how many blocks a multiprocessor has room for.
+  static constexpr int kWarps = 8, kResident = 2;
+  static constexpr int kScales = kGroups32_ ? 2 : 1;           // of a block of 64 columns
+  static constexpr int kSums = kTokens == 1 ? 2 : 4 * kTiles;  // of a lane
+};
 
-// Where a lane stands: one matrix, one panel, its rows and its tokens.
-template <int kTiles, bool kGroups32>
+// Where a lane stands: one matrix, one panel, its rows and its tokens, a block of 64 columns. Moves
+// on with what it loads.
+template <typename S>
 struct Stream {
-  static constexpr int kScales = kGroups32 ? 2 : 1;  // of a block of 64 columns
-  static constexpr int kUnroll = kTiles * kScales > 1 ? 2 : 4;
+  static constexpr int kWarps = S::kWarps, kTiles = S::kTiles, kScales = S::kScales;
+  static constexpr int kStep = kWarps * 64;  // columns from one block of a warp to the next
 
-  const uint4* codes;     // + block / 2 * kSetCodes + block % 2 * 32
-  const __half2* scales;  // + group * kSetScales
-  const int8_t* x;        // of the lane's token, + block * 64
-  const float* x_scales;  // of the lane's two tokens, + group * kRowStep
-  int x_tile;             // from 8 tokens to the next 8
-  int w_shift, x_shift;
+  const uint4* codes;
+  const __half2* scales;
+  const uint8_t* x[kTiles];
+  const float* x_scales;  // of the lane's two tokens, or of the one
+  int w_step, x_step;     // between the scales of a warp's blocks
+  int w_half, x_half;     // between those of a block's halves
 
-  __device__ Stream(const FragmentView& w, const RoundedRows& rows, int64_t panel) {
-    const int lane = threadIdx.x % kWarp;
-    codes = panel_codes(w, panel) + lane;
-    scales = panel_scales(w, panel) + lane / 4;
-    x = reinterpret_cast<const int8_t*>(rows.codes) + lane / 4 * rows.padded_cols + lane % 4 * 16;
-    x_scales = rows.scales + lane % 4 * 2;
-    x_tile = static_cast<int>(8 * rows.padded_cols);
-    w_shift = w.group_shift;
-    x_shift = rows.group_shift;
+  __device__ Stream(const FragmentView& w, const RoundedRows& rows, int panel, int n_tokens) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const auto group = [](int col, int shift) { return col >> shift; };
+    codes = panel_codes(w, panel) + warp / 2 * kSetCodes + warp % 2 * kWarp + lane;
+    scales = panel_scales(w, panel) + group(warp * 64, w.group_shift) * kSetScales + lane / 4;
+    w_step = group(kStep, w.group_shift) * kSetScales;
+    w_half = group(32, w.group_shift) * kSetScales;
+    constexpr int kRow = kMatvecRows;
+    x_step = group(kStep, rows.group_shift) * kRow;
+    x_half = group(32, rows.group_shift) * kRow;
+    x_scales = rows.scales + group(warp * 64, rows.group_shift) * kRow;
+    if (S::kTokens > 1) x_scales += lane % 4 * 2;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int token = S::kTokens == 1 ? 0 : min(tile * 8 + lane / 4, n_tokens - 1);
+      x[tile] = rows.codes + token * static_cast<int>(rows.padded_cols) + warp * 64 + lane % 4 * 16;
+    }
   }
 
-  // Everything that a few blocks need is asked for before the first of it is used.
-  struct Loads {
-    uint4 words[kUnroll], b[kUnroll][kTiles];
-    __half2 w[kUnroll][kScales];
-    float2 by[kUnroll][kScales][kTiles];
+  // Of some blocks of columns: everything that comes from far away is asked for before the first of
+  // it is used.
+  struct Tokens {
+    uint4 b[kTiles];
+    float2 scales[kScales][kTiles];
   };
-  __device__ void load_weights(int first, int n_blocks, Loads& to) const {
+  struct Loads {
+    uint4 words[S::kUnroll];
+    __half2 scales[S::kUnroll][kScales];
+    Tokens tokens[S::kTokens == 1 ? 1 : S::kUnroll];  // one token is near
+  };
+  template <int kCount>
+  __device__ void load_weights(Loads& to) {
+    constexpr int kCodes = kWarps / 2 * kSetCodes;
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      // Behind the end: any block, with codes 0.
-      const bool inside = first + i * kWarps < n_blocks;
-      const int block = inside ? first + i * kWarps : 0;
-      to.words[i] = inside ? __ldcs(codes + (block >> 1) * kSetCodes + (block & 1) * kWarp)
-                           : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < kCount; ++i) {
+      to.words[i] = __ldcs(codes + i * kCodes);
+#pragma unroll
+      for (int j = 0; j < kScales; ++j) to.scales[i][j] = scales[i * w_step + j * w_half];
+    }
+    codes += kCount * kCodes;
+    scales += kCount * w_step;
+  }
+  __device__ void load_tokens(int i, Tokens& to) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      to.b[tile] = *reinterpret_cast<const uint4*>(x[tile] + i * kStep);
 #pragma unroll
       for (int j = 0; j < kScales; ++j) {
-        to.w[i][j] = scales[((block * 64 + j * 32) >> w_shift) * kSetScales];
-      }
-    }
-  }
-  /// What load_weights(warp, ...) leaves of a panel goes to the second-level cache.
-  __device__ static void prefetch_rest(const FragmentView& w, int64_t panel) {
-    constexpr int kLoaded = kWarps * kUnroll / 2, kLines = 8;  // blocks of 128 columns; in one
-    const int n_lines = static_cast<int>(w.padded_cols / kBlockCols) * kLines;
-    const uint4* codes = panel_codes(w, panel);
-    for (int i = kLoaded * kLines + threadIdx.x; i < n_lines; i += kWarps * kWarp) {
-      prefetch(codes + i / kLines * kSetCodes + i % kLines * 8);
-    }
-    const int first_group = static_cast<int>(kLoaded * kBlockCols >> w.group_shift);
-    for (int i = first_group + threadIdx.x; i < w.n_groups; i += kWarps * kWarp) {
-      prefetch(panel_scales(w, panel) + i * kSetScales);
-    }
-  }
-  __device__ void load_tokens(int first, int n_blocks, Loads& to) const {
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      const int block = first + i * kWarps < n_blocks ? first + i * kWarps : 0;
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        to.b[i][tile] = *reinterpret_cast<const uint4*>(x + tile * x_tile + block * 64);
-#pragma unroll
-        for (int j = 0; j < kScales; ++j) {
-          const int group = (block * 64 + j * 32) >> x_shift;
-          to.by[i][j][tile] = *reinterpret_cast<const float2*>(
-              x_scales + group * static_cast<int>(kRowStep) + tile * 8);
+        const float* from = x_scales + i * x_step + j * x_half + tile * 8;
+        if constexpr (S::kTokens == 1) {
+          to.scales[j][tile].x = *from;
+        } else {
+          to.scales[j][tile] = *reinterpret_cast<const float2*>(from);
         }
       }
     }
   }
-  __device__ void load(int first, int n_blocks, Loads& to) const {
-    load_weights(first, n_blocks, to);
-    load_tokens(first, n_blocks, to);
+  template <int kCount>
+  __device__ void skip_tokens() {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) x[tile] += kCount * kStep;
+    x_scales += kCount * x_step;
+  }
+  template <int kCount>
+  __device__ void load(Loads& to) {
+    load_weights<kCount>(to);
+    load_all_tokens<kCount>(to);
+  }
+  template <int kCount>
+  __device__ void load_all_tokens(Loads& to) {
+    if constexpr (S::kTokens > 1) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) load_tokens(i, to.tokens[i]);
+      skip_tokens<kCount>();
+    }
   }
 
-  __device__ static void multiply(const Loads& from, float (*sums)[4]) {
+  // sums is 16 times what it is called.
+  template <int kCount>
+  __device__ void multiply(const Loads& from, float (&sums)[S::kSums]) {
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
+    for (int i = 0; i < kCount; ++i) {
+      Tokens near;
+      if constexpr (S::kTokens == 1) load_tokens(i, near);
+      const Tokens& tokens = S::kTokens == 1 ? near : from.tokens[i];
       uint32_t a[2][4];
       expand_codes(from.words[i], a);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const uint4& b = from.b[i][tile];
+        const uint4& b = tokens.b[tile];
         IntTile dots;
         mma_s8(dots, a[0], b.x, b.y, dots_start());
-        if constexpr (kGroups32) scale(from, i, 0, tile, dots, sums[tile]);
-        mma_s8(dots, a[1], b.z, b.w, kGroups32 ? dots_start() : dots);
-        scale(from, i, kScales - 1, tile, dots, sums[tile]);
+        if constexpr (kScales == 2) {
+          scale(dots, from.scales[i][0], tokens.scales[0][tile], sums + tile * 4);
+          mma_s8(dots, a[1], b.z, b.w, dots_start());
+        } else {
+          mma_s8(dots, a[1], b.z, b.w, dots);
+        }
+        scale(dots, from.scales[i][kScales - 1], tokens.scales[kScales - 1][tile], sums + tile * 4);
       }
     }
+    if constexpr (S::kTokens == 1) skip_tokens<kCount>();
   }
-  __device__ static void scale(const Loads& from, int i, int j, int tile, const IntTile& dots,
-                               float* sums) {
-    const float2 w = __half22float2(from.w[i][j]);
-    const float2 sixteenth = make_float2(w.x * 0.0625f, w.y * 0.0625f);  // dots are 16 * dot
-    add_scaled(dots, sixteenth, from.by[i][j][tile], sums);
+  __device__ static void scale(const IntTile& dots, __half2 half, float2 x, float* sums) {
+    const float2 w = __half22float2(half);
+    if constexpr (S::kTokens > 1) {
+      add_scaled(dots, w, x, sums);
+    } else {
+      sums[0] = fmaf(__int_as_float(dots.at[0]) - kRoundMagic, w.x * x.x, sums[0]);
+      sums[1] = fmaf(__int_as_float(dots.at[2]) - kRoundMagic, w.y * x.x, sums[1]);
+    }
   }
 
-  /// The warp's blocks, every kWarps-th. loads[0] holds the weights of the first ones already.
-  __device__ void run(int n_blocks, Loads (&loads)[2], float (*sums)[4]) const {
+  /// How many blocks of `padded_cols` columns are this warp's.
+  __device__ static int count(int64_t padded_cols) {
     const int warp = threadIdx.x / kWarp;
-    load_tokens(warp, n_blocks, loads[0]);
-    constexpr int kStep = kWarps * kUnroll;
-    for (int first = warp; first < n_blocks; first += 2 * kStep) {
-      if (first + kStep < n_blocks) load(first + kStep, n_blocks, loads[1]);
-      multiply(loads[0], sums);
-      if (first + kStep >= n_blocks) break;
-      if (first + 2 * kStep < n_blocks) load(first + 2 * kStep, n_blocks, loads[0]);
-      multiply(loads[1], sums);
+    return (static_cast<int>(padded_cols / 64) - warp + kWarps - 1) / kWarps;
+  }
+  /// The weights of the first of the warp's n blocks, if they fill `to`.
+  __device__ void begin(int n, Loads& to) {
+    if (n >= S::kUnroll) load_weights<S::kUnroll>(to);
+  }
+  /// All n blocks of the warp, after begin(n, loads[0]).
+  __device__ void run(int n, Loads (&loads)[2], float (&sums)[S::kSums]) {
+    constexpr int kUnroll = S::kUnroll;
+    int left = n / kUnroll;
+    if (left > 0) load_all_tokens<kUnroll>(loads[0]);
+    for (; left > 0; left -= 2) {
+      if (left > 1) load<kUnroll>(loads[1]);
+      multiply<kUnroll>(loads[0], sums);
+      if (left == 1) break;
+      if (left > 2) load<kUnroll>(loads[0]);
+      multiply<kUnroll>(loads[1], sums);
+    }
+    run_singly(n % kUnroll, loads[0], sums);
+  }
+  /// n blocks of which nothing has been asked for, in a short program.
+  __device__ void run_singly(int n, Loads& loads, float (&sums)[S::kSums]) {
+#pragma unroll 1
+    for (; n > 0; --n) {
+      load<1>(loads);
+      multiply<1>(loads, sums);
     }
   }
 };
 
-template <int kTiles, bool kGroups32>
-__global__ void __launch_bounds__(kWarps* kWarp, 2)
-    packed_matvec_kernel(const __grid_constant__ PackedJob job, int first_wave) {
-  int64_t panel = blockIdx.x;
-  int which = 0;
-  while (panel >= job.segments[which].w.n_panels) panel -= job.segments[which++].w.n_panels;
-  const PackedSegment& segment = job.segments[which];
-  float sums[kTiles][4] = {};
-  using Columns = Stream<kTiles, kGroups32>;
-  typename Columns::Loads loads[2];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  // Blocks of columns that hold something; the padding behind is zero.
-  const int n_blocks = static_cast<int>(segment.w.cols + 63) / 64;
-  const Columns residual(segment.w, job.x, panel);
-  residual.load_weights(warp, n_blocks, loads[0]);
-  // The blocks that wait for the kernel ahead use the time, in which the memory would be idle.
-  if (blockIdx.x < first_wave) Columns::prefetch_rest(segment.w, panel);
-  begin_kernel();
-  residual.run(n_blocks, loads, sums);
-  if (segment.b.n_panels > 0) {
-    const int n_more = static_cast<int>(segment.b.cols + 63) / 64;
-    const Columns low_rank(segment.b, segment.h, panel);
-    low_rank.load_weights(warp, n_more, loads[0]);
-    low_rank.run(n_more, loads, sums);
+/// The block's share of what its set of panels will read goes to the second-level cache, but for
+/// the first `kept` blocks of 128 columns. By one warp.
+__device__ void prefetch_share(const FragmentView& w, int panel, int kept) {
+  constexpr int kPanels = kSetPanels;
+  const int share = panel % kPanels, n_blocks = static_cast<int>(w.padded_cols / kBlockCols);
+  const int block = kept + share + threadIdx.x % kWarp * kPanels;
+  const uint4* codes = panel_codes(w, panel - share);
+  if (block < n_blocks) prefetch_bytes(codes + block * kSetCodes, kSetCodes * 16);
+  const __half2* scales = panel_scales(w, panel - share);
+  if (threadIdx.x == 0) prefetch_bytes(scales + share * 8 * w.n_groups, w.n_groups * 8 * 4);
+}
+
+// Input rows in shared memory: codes, then scales as in memory.
+__host__ __device__ inline int64_t near_bytes(const RoundedRows& x, int64_t rows) {
+  return x.padded_cols * rows + x.n_groups * kMatvecRows * 4;
+}
+__device__ inline RoundedRows near_rows(const RoundedRows& x, int64_t rows, uint8_t* at) {
+  RoundedRows near = x;
+  near.order = CodeOrder::kLanes;
+  near.codes = at;
+  near.scales = reinterpret_cast<float*>(at + x.padded_cols * rows);
+  return near;
+}
+
+/// One row that another kernel has rounded. By a block of threads.
+__device__ void copy_row(const RoundedRows& from, const RoundedRows& to) {
+  for (int i = threadIdx.x; i < from.padded_cols / 16; i += blockDim.x) {
+    reinterpret_cast<uint4*>(to.codes)[i] = reinterpret_cast<const uint4*>(from.codes)[i];
   }
-  // [warp][token][row]; 17 columns keep the stores of a warp apart.
-  __shared__ float shared[kWarps][kTiles * 8][kPanelRows + 1];
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      shared[warp][tile * 8 + lane % 4 * 2 + i % 2][lane / 4 + i / 2 * 8] = sums[tile][i];
+  for (int i = threadIdx.x; i < from.n_groups; i += blockDim.x) {
+    to.scales[i * kMatvecRows] = from.scales[i * kMatvecRows];
+  }
+}
+
+// What matvec_rounds() has ruled out is left out of the program, which is cold when it starts.
+__device__ RowsJob short_job(const RowsJob& job, const RoundedRows& to) {
+  RowsJob result = job;
+  result.n_parts = 1;
+  result.term = result.up = nullptr;
+  result.sum = result.expanded = nullptr;
+  result.rounded = to;
+  result.rounded.order = CodeOrder::kLanes;
+  return result;
+}
+constexpr int kInputStretches = 4;  // of 128 columns, of a warp
+constexpr int kMaxInput = 8 * kInputStretches * 128;
+constexpr int kMaxNarrow = 256;
+
+/// The input row: norm and rounding. By a block of threads.
+__device__ void round_input(const RowsJob& before, const float4 (&gains)[kInputStretches],
+                            const RoundedRows& to) {
+  const RowsJob job = short_job(before, to);
+  const int stretch = threadIdx.x / kWarp * kInputStretches;
+  const int col = stretch * 128 + threadIdx.x % kWarp * 4;
+  float x[kInputStretches][4], unit = 0;
+  load_columns(job, 0, col, x);
+  if (job.gain) norm_columns(job, gains, x);
+  if (job.level_group > 0) {
+    unit = store_unit(job, 0, __uint_as_float(block_max(__float_as_uint(largest_of(x)))));
+  }
+  round_stretches(job, 0, stretch, unit, StretchPlace(job.rounded, 0), x);
+  round_padding(job, 0);
+}
+
+/// Rows of x A^T, one of a warp at a time.
+__device__ void round_narrow(const RowsJob& narrow, const RoundedRows& to) {
+  constexpr int kStretches = kMaxNarrow / 128;
+  const RowsJob source = short_job(narrow, to);
+  RowsJob job = source;
+  job.cols = to.padded_cols;  // codes of what stands behind the last column are wanted too
+  const int lane = threadIdx.x % kWarp;
+  for (int row = threadIdx.x / kWarp; row < job.rows; row += blockDim.x / kWarp) {
+    float x[kStretches][4], unit = 0;
+    load_columns(source, row, lane * 4, x);
+    if (job.level_group > 0) {
+      const uint32_t largest = __reduce_max_sync(kFullMask, __float_as_uint(largest_of(x)));
+      unit = level_unit(job, __uint_as_float(largest));
+      if (lane == 0) to.scales[scale_offset(job.rounded, row, 0)] = unit;
     }
+    round_stretches(job, row, 0, unit, StretchPlace(job.rounded, row), x);
   }
-  __syncthreads();
-  const int row_in_panel = threadIdx.x % kPanelRows, token = threadIdx.x / kPanelRows;
-  const int64_t row = panel * kPanelRows + row_in_panel;
-  if (token >= job.rows || token >= kTiles * 8 || row >= segment.w.rows) return;
-  float sum = shared[0][token][row_in_panel];
-  for (int i = 1; i < kWarps; ++i) sum += shared[i][token][row_in_panel];
-  store_output(segment, token, row, sum);
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
+    packed_matvec_kernel(const __grid_constant__ PackedJob job) {
+  using Columns = Stream<S>;
+  constexpr bool kOne = S::kTokens == 1;
+  // [warp][token][row], for every second panel; 17 columns keep the stores of a warp apart.
+  constexpr int kColumns = kOne ? 1 : S::kTiles * 8, kPanel = kPanelRows;
+  __shared__ float shared[2][S::kWarps][kColumns][kPanel + 1];
+  extern __shared__ uint8_t near[];  // the input, if it is one row, then h
+  const int rows = static_cast<int>(job.rows);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const RoundedRows input = kOne ? near_rows(job.x, 1, near) : job.x;
+  uint8_t* near_h = near + (kOne ? near_bytes(job.x, 1) : 0);
+
+  int which = 0, panel = blockIdx.x;  // of all segments' panels
+  const auto find_segment = [&] {
+    for (; which < job.n_segments; ++which) {
+      const int n_panels = static_cast<int>(job.segments[which].w.n_panels);
+      if (panel < n_panels) return;
+      panel -= n_panels;
+    }
+  };
+  find_segment();
+  typename Columns::Loads loads[2];
+  const int n_blocks = Columns::count(job.x.padded_cols);
+  Columns residual(job.segments[which].w, input, panel, rows);
+  residual.begin(n_blocks, loads[0]);
+  // While the kernel ahead is at work the memory may be idle.
+  if (warp == 0) {
+    prefetch_share(job.segments[which].w, panel, S::kWarps * S::kUnroll / 2);
+    if (job.segments[which].b.n_panels > 0) prefetch_share(job.segments[which].b, panel, 0);
+  }
+  if constexpr (kOne) {
+    float4 gains[kInputStretches];
+    load_gains(job.before, warp * kInputStretches * 128 + lane * 4, gains);
+    begin_kernel();
+    job.before.bits < 16 ? round_input(job.before, gains, input) : copy_row(job.x, input);
+    __syncthreads();
+  } else {
+    begin_kernel();
+  }
+  int h_of = -1;  // the segment whose h is near
+  for (int turn = 0;; turn ^= 1) {
+    const PackedSegment& segment = job.segments[which];
+    float sums[S::kSums] = {};
+    residual.run(n_blocks, loads, sums);
+    if (segment.b.n_panels > 0) {
+      const bool rounds = segment.narrow.bits < 16;
+      const RoundedRows h = rounds || kOne ? near_rows(segment.h, rows, near_h) : segment.h;
+      if ((rounds || kOne) && h_of != which) {
+        h_of = which;
+        rounds ? round_narrow(segment.narrow, h) : copy_row(segment.h, h);
+        __syncthreads();
+      }
+      Columns low_rank(segment.b, h, panel, rows);
+      low_rank.run_singly(Columns::count(segment.b.padded_cols), loads[0], sums);
+    }
+#pragma unroll
+    for (int i = 0; i < S::kSums; ++i) {
+      // One token: the lanes of a row hold the same.
+      const int token = kOne ? 0 : i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const int upper = kOne ? i : i / 2 % 2;
+      shared[turn][warp][token][lane / 4 + upper * 8] = sums[i];
+    }
+    const int token = threadIdx.x / kPanel, row = panel * kPanel + threadIdx.x % kPanel;
+    panel += gridDim.x;
+    find_segment();
+    const bool more = which < job.n_segments;
+    if (more) {
+      residual = Columns(job.segments[which].w, input, panel, rows);
+      residual.begin(n_blocks, loads[0]);
+    }
+    __syncthreads();
+    if (token < rows && row < segment.w.rows) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < S::kWarps; ++i) sum += shared[turn][i][token][threadIdx.x % kPanel];
+      store_output(segment, token, row, sum * 0.0625f);
+    }
+    if (!more) return;
+  }
+}
+
+template <typename S>
+void launch_shape(const PackedJob& job, const Gpu& gpu) {
+  int64_t n_panels = 0, bytes = 0;
+  for (int i = 0; i < job.n_segments; ++i) {
+    const PackedSegment& segment = job.segments[i];
+    n_panels += segment.w.n_panels;
+    if (segment.b.n_panels > 0) bytes = std::max(bytes, near_bytes(segment.h, job.rows));
+  }
+  if (S::kTokens == 1) bytes += near_bytes(job.x, 1);
+  if (bytes > gpu.facts.shared_bytes / 2) {
+    throw Error(ErrorKind::kResource, "row too long for this GPU", gpu.facts.name,
+                std::to_string(job.x.padded_cols) + " columns do not fit its shared memory");
+  }
+  const int64_t n_blocks = std::min<int64_t>(n_panels, S::kResident * gpu.facts.n_sms);
+  launch_kernel(gpu, "packed matvec", packed_matvec_kernel<S>,
+                dim3(static_cast<unsigned>(n_blocks)), dim3(S::kWarps * kWarp), bytes, job);
+}
+
+template <bool kGroups32>
+void launch_groups(const PackedJob& job, const Gpu& gpu) {
+  constexpr int kLess = kGroups32 ? 2 : 1;
+  if (job.rows == 1) return launch_shape<Shape<1, kGroups32, 4>>(job, gpu);
+  if (job.rows <= 8) return launch_shape<Shape<8, kGroups32, 4 / kLess>>(job, gpu);
+  launch_shape<Shape<16, kGroups32, 2 / kLess>>(job, gpu);
 }
 
 }  // namespace
 
+bool matvec_rounds(const RowsJob& before) {
+  return before.rows == 1 && before.cols <= kMaxInput && before.n_parts == 1 && !before.up &&
+         !before.term && !before.normed && before.block == 0 && !before.expanded &&
+         whole_stretches(before);
+}
+
+bool matvec_rounds_narrow(const RowsJob& narrow) {
+  return narrow.cols <= kMaxNarrow && whole_stretches(narrow);
+}
+
 void launch_packed_matvec(const PackedJob& job, const Gpu& gpu) {
   TQ_CHECK(job.rows <= kMatvecRows && job.x.order == CodeOrder::kLanes && job.n_segments > 0 &&
            job.n_segments <= kMaxLinears);
+  TQ_CHECK(job.before.bits >= 16 || matvec_rounds(job.before));
   if (job.rows == 0) return;
-  int64_t n_panels = 0;
-  for (int i = 0; i < job.n_segments; ++i) n_panels += job.segments[i].w.n_panels;
-  const bool groups32 = smallest_group_shift(job) < 6;
-  const auto kernel =
-      job.rows <= 8 ? groups32 ? packed_matvec_kernel<1, true> : packed_matvec_kernel<1, false>
-      : groups32 ? packed_matvec_kernel<2, true>
-                    : packed_matvec_kernel<2, false>;
-  launch_kernel(gpu, "packed matvec", kernel, dim3(static_cast<unsigned>(n_panels)),
-                dim3(kWarps * kWarp), 0, job, 2 * gpu.facts.n_sms);
+  smallest_group_shift(job) < 6 ? launch_groups<true>(job, gpu) : launch_groups<false>(job, gpu);
 }
 
 }  // namespace tq::cuda

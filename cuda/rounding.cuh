@@ -279,11 +279,15 @@ __device__ void round_stretch(const RowsJob& job, int64_t row, int stretch, floa
   round_stretches<1>(job, row, stretch, unit, StretchPlace(job.rounded, row), x);
 }
 
-// What the two-level scales of a row are multiples of, by its greatest magnitude; thread 0 stores
-// it.
-__device__ inline float store_unit(const RowsJob& job, int64_t row, float magnitude) {
+// What the two-level scales of a row are multiples of, by its greatest magnitude.
+__device__ inline float level_unit(const RowsJob& job, float magnitude) {
   const GroupScale whole(job, magnitude, magnitude, 0, 0);
-  const float unit = fabsf(whole.scale) / kMostMultiple;
+  return fabsf(whole.scale) / kMostMultiple;
+}
+
+// The same, stored by thread 0.
+__device__ inline float store_unit(const RowsJob& job, int64_t row, float magnitude) {
+  const float unit = level_unit(job, magnitude);
   if (threadIdx.x == 0) job.rounded.scales[scale_offset(job.rounded, row, 0)] = unit;
   return unit;
 }

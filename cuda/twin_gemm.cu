@@ -290,7 +290,7 @@ __device__ inline void run(const PackedJob& job) {
   };
   // One after the other, so that no load waits for the one before it; for the stream nobody waits.
   if (segment.accumulate) each([&](int64_t at, float& sum) { sum += segment.y[at]; });
-  each([&](int64_t at, float& sum) { segment.y[at] = sum; });
+  if (segment.y) each([&](int64_t at, float& sum) { segment.y[at] = sum; });
   if (segment.stream) each([&](int64_t at, float& sum) { atomicAdd(segment.stream + at, sum); });
 }
 

@@ -275,7 +275,7 @@ __device__ void store_outputs(const PackedJob& job, const Tile& tile, int panel,
       value = __float_as_int(__int_as_float(value) + segment.y[at]);
     });
   }
-  each([&](int64_t at, int32_t& value) { segment.y[at] = __int_as_float(value); });
+  if (segment.y) each([&](int64_t at, int32_t& value) { segment.y[at] = __int_as_float(value); });
   if (segment.stream) {
     each(
         [&](int64_t at, int32_t& value) { atomicAdd(segment.stream + at, __int_as_float(value)); });

@@ -16,14 +16,16 @@ int64_t round_up(int64_t value, int64_t step) {
 }
 
 // Whether the tensor-core kernels can take this matrix for inputs rounded in groups of x_group:
-// 4 bits, and groups that are powers of two from 32 on, or whole rows.
+// 4 bits, and groups of 32, 64, 128 or 256 columns, or whole rows.
 bool fits_fragments(const Matrix& matrix, int64_t x_group) {
   if (matrix.storage != Storage::kQ4) return false;
   const int64_t padded = round_up(matrix.cols, kBlockCols);
   const int64_t w_group = matrix.group >= matrix.cols ? padded : matrix.group;
   const int64_t x = x_group >= matrix.cols ? padded : x_group;
-  const auto fits = [&](int64_t group) { return group == 32 || group == 64 || group % 128 == 0; };
-  return fits(w_group) && fits(x) && std::max(w_group, x) % std::min(w_group, x) == 0;
+  const auto fits = [&](int64_t group) {
+    return group == padded || (group >= 32 && group <= 256 && std::has_single_bit<uint64_t>(group));
+  };
+  return fits(w_group) && fits(x);
 }
 
 // What the integer kernels promise for any storage (cpu/packed_matmul.h asks the same).

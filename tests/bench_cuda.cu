@@ -245,11 +245,12 @@ void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group,
       job.n_segments = n_parts;
       launch(job);
       h.job.n_parts = n_parts;
-      launch_rows(h.job, bench.gpu);
+      if (rows > kMatvecRows) launch_rows(h.job, bench.gpu);
       job.segments[0] = {};
       job.n_segments = 1;
       job.segments[0].b = b[at].view;
       job.segments[0].h = h.job.rounded;
+      if (rows <= kMatvecRows) job.segments[0].narrow = h.job;
     }
     job.segments[0].w = r[at].view;
     job.segments[0].y = y.as<float>();
