@@ -25,10 +25,12 @@
 namespace tq::cuda {
 namespace {
 
-// kUnroll: how many blocks of columns a warp asks for at once.
-template <int kTokens_, bool kGroups32_, int kUnroll_>
+// kRoundsInput: one token, whose row every block of threads rounds. kUnroll: how many blocks of
+// columns a warp asks for at once.
+template <int kTokens_, bool kRoundsInput_, bool kGroups32_, int kUnroll_>
 struct Shape {
   static constexpr int kTokens = kTokens_, kTiles = (kTokens + 7) / 8, kUnroll = kUnroll_;
+  static constexpr bool kRoundsInput = kRoundsInput_;
   // Warps of a block of threads, and how many blocks a multiprocessor has room for.
   static constexpr int kWarps = 8, kResident = 2;
   static constexpr int kScales = kGroups32_ ? 2 : 1;           // of a block of 64 columns
@@ -36,8 +38,8 @@ struct Shape {
 };
 
 // Where a lane stands: one matrix, one panel, its rows and its tokens, a block of 64 columns. Moves
-// on with what it loads.
-template <typename S>
+// on with what it loads. kNear: the rows are in shared memory.
+template <typename S, bool kNear>
 struct Stream {
   static constexpr int kWarps = S::kWarps, kTiles = S::kTiles, kScales = S::kScales;
   static constexpr int kStep = kWarps * 64;  // columns from one block of a warp to the next
@@ -77,7 +79,7 @@ struct Stream {
   struct Loads {
     uint4 words[S::kUnroll];
     __half2 scales[S::kUnroll][kScales];
-    Tokens tokens[S::kTokens == 1 ? 1 : S::kUnroll];  // one token is near
+    Tokens tokens[kNear ? 1 : S::kUnroll];
   };
   template <int kCount>
   __device__ void load_weights(Loads& to) {
@@ -119,7 +121,7 @@ struct Stream {
   }
   template <int kCount>
   __device__ void load_all_tokens(Loads& to) {
-    if constexpr (S::kTokens > 1) {
+    if constexpr (!kNear) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) load_tokens(i, to.tokens[i]);
       skip_tokens<kCount>();
@@ -132,8 +134,8 @@ struct Stream {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       Tokens near;
-      if constexpr (S::kTokens == 1) load_tokens(i, near);
-      const Tokens& tokens = S::kTokens == 1 ? near : from.tokens[i];
+      if constexpr (kNear) load_tokens(i, near);
+      const Tokens& tokens = kNear ? near : from.tokens[i];
       uint32_t a[2][4];
       expand_codes(from.words[i], a);
 #pragma unroll
@@ -150,7 +152,7 @@ struct Stream {
         scale(dots, from.scales[i][kScales - 1], tokens.scales[kScales - 1][tile], sums + tile * 4);
       }
     }
-    if constexpr (S::kTokens == 1) skip_tokens<kCount>();
+    if constexpr (kNear) skip_tokens<kCount>();
   }
   __device__ static void scale(const IntTile& dots, __half2 half, float2 x, float* sums) {
     const float2 w = __half22float2(half);
@@ -183,12 +185,17 @@ struct Stream {
       if (left > 2) load<kUnroll>(loads[0]);
       multiply<kUnroll>(loads[1], sums);
     }
-    run_singly(n % kUnroll, loads[0], sums);
+#pragma unroll 1
+    for (int i = n % kUnroll; i > 0; --i) {
+      load<1>(loads[0]);
+      multiply<1>(loads[0], sums);
+    }
   }
   /// n blocks of which nothing has been asked for, in a short program.
-  __device__ void run_singly(int n, Loads& loads, float (&sums)[S::kSums]) {
+  __device__ void run_singly(int n, float (&sums)[S::kSums]) {
 #pragma unroll 1
     for (; n > 0; --n) {
+      Loads loads;
       load<1>(loads);
       multiply<1>(loads, sums);
     }
@@ -207,7 +214,7 @@ __device__ void prefetch_share(const FragmentView& w, int panel, int kept) {
   if (threadIdx.x == 0) prefetch_bytes(scales + share * 8 * w.n_groups, w.n_groups * 8 * 4);
 }
 
-// Input rows in shared memory: codes, then scales as in memory.
+// Rows in shared memory: codes, then scales as in memory.
 __host__ __device__ inline int64_t near_bytes(const RoundedRows& x, int64_t rows) {
   return x.padded_cols * rows + x.n_groups * kMatvecRows * 4;
 }
@@ -219,13 +226,13 @@ __device__ inline RoundedRows near_rows(const RoundedRows& x, int64_t rows, uint
   return near;
 }
 
-/// One row that another kernel has rounded. By a block of threads.
-__device__ void copy_row(const RoundedRows& from, const RoundedRows& to) {
-  for (int i = threadIdx.x; i < from.padded_cols / 16; i += blockDim.x) {
+/// Rows that another kernel has rounded. By a block of threads.
+__device__ void copy_rows(const RoundedRows& from, int64_t rows, const RoundedRows& to) {
+  for (int i = threadIdx.x; i < from.padded_cols * rows / 16; i += blockDim.x) {
     reinterpret_cast<uint4*>(to.codes)[i] = reinterpret_cast<const uint4*>(from.codes)[i];
   }
-  for (int i = threadIdx.x; i < from.n_groups; i += blockDim.x) {
-    to.scales[i * kMatvecRows] = from.scales[i * kMatvecRows];
+  for (int i = threadIdx.x; i < from.n_groups * kMatvecRows; i += blockDim.x) {
+    to.scales[i] = from.scales[i];
   }
 }
 
@@ -280,17 +287,19 @@ __device__ void round_narrow(const RowsJob& narrow, const RoundedRows& to) {
 
 template <typename S>
 __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
-    packed_matvec_kernel(const __grid_constant__ PackedJob job) {
-  using Columns = Stream<S>;
-  constexpr bool kOne = S::kTokens == 1;
+    packed_matvec_kernel(const __grid_constant__ PackedJob job, int first_wave) {
+  using Columns = Stream<S, S::kRoundsInput>;
+  using LowRank = Stream<S, true>;
   // [warp][token][row], for every second panel; 17 columns keep the stores of a warp apart.
-  constexpr int kColumns = kOne ? 1 : S::kTiles * 8, kPanel = kPanelRows;
-  __shared__ float shared[2][S::kWarps][kColumns][kPanel + 1];
-  extern __shared__ uint8_t near[];  // the input, if it is one row, then h
+  constexpr int kColumns = S::kTokens == 1 ? 1 : S::kTiles * 8, kPanel = kPanelRows;
+  constexpr int kTurns = S::kRoundsInput ? 2 : 1;
+  __shared__ float shared[kTurns][S::kWarps][kColumns][kPanel + 1];
+  extern __shared__ uint4 near[];  // the input if it is rounded here, then h
+  uint8_t* near_input = reinterpret_cast<uint8_t*>(near);
+  uint8_t* near_h = near_input + (S::kRoundsInput ? near_bytes(job.x, 1) : 0);
   const int rows = static_cast<int>(job.rows);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const RoundedRows input = kOne ? near_rows(job.x, 1, near) : job.x;
-  uint8_t* near_h = near + (kOne ? near_bytes(job.x, 1) : 0);
+  const RoundedRows input = S::kRoundsInput ? near_rows(job.x, 1, near_input) : job.x;
 
   int which = 0, panel = blockIdx.x;  // of all segments' panels
   const auto find_segment = [&] {
@@ -306,15 +315,15 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
   Columns residual(job.segments[which].w, input, panel, rows);
   residual.begin(n_blocks, loads[0]);
   // While the kernel ahead is at work the memory may be idle.
-  if (warp == 0) {
+  if (warp == 0 && static_cast<int>(blockIdx.x) < first_wave) {
     prefetch_share(job.segments[which].w, panel, S::kWarps * S::kUnroll / 2);
     if (job.segments[which].b.n_panels > 0) prefetch_share(job.segments[which].b, panel, 0);
   }
-  if constexpr (kOne) {
+  if constexpr (S::kRoundsInput) {
     float4 gains[kInputStretches];
     load_gains(job.before, warp * kInputStretches * 128 + lane * 4, gains);
     begin_kernel();
-    job.before.bits < 16 ? round_input(job.before, gains, input) : copy_row(job.x, input);
+    round_input(job.before, gains, input);
     __syncthreads();
   } else {
     begin_kernel();
@@ -325,30 +334,32 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
     float sums[S::kSums] = {};
     residual.run(n_blocks, loads, sums);
     if (segment.b.n_panels > 0) {
-      const bool rounds = segment.narrow.bits < 16;
-      const RoundedRows h = rounds || kOne ? near_rows(segment.h, rows, near_h) : segment.h;
-      if ((rounds || kOne) && h_of != which) {
+      const RoundedRows h = near_rows(segment.h, rows, near_h);
+      if (h_of != which) {
         h_of = which;
-        rounds ? round_narrow(segment.narrow, h) : copy_row(segment.h, h);
+        segment.narrow.bits < 16 ? round_narrow(segment.narrow, h) : copy_rows(segment.h, rows, h);
         __syncthreads();
       }
-      Columns low_rank(segment.b, h, panel, rows);
-      low_rank.run_singly(Columns::count(segment.b.padded_cols), loads[0], sums);
+      LowRank low_rank(segment.b, h, panel, rows);
+      low_rank.run_singly(LowRank::count(segment.b.padded_cols), sums);
     }
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) {
       // One token: the lanes of a row hold the same.
-      const int token = kOne ? 0 : i / 4 * 8 + lane % 4 * 2 + i % 2;
-      const int upper = kOne ? i : i / 2 % 2;
+      const int token = S::kTokens == 1 ? 0 : i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const int upper = S::kTokens == 1 ? i : i / 2 % 2;
       shared[turn][warp][token][lane / 4 + upper * 8] = sums[i];
     }
     const int token = threadIdx.x / kPanel, row = panel * kPanel + threadIdx.x % kPanel;
-    panel += gridDim.x;
-    find_segment();
-    const bool more = which < job.n_segments;
-    if (more) {
-      residual = Columns(job.segments[which].w, input, panel, rows);
-      residual.begin(n_blocks, loads[0]);
+    bool more = false;
+    if constexpr (S::kRoundsInput) {
+      panel += gridDim.x;
+      find_segment();
+      more = which < job.n_segments;
+      if (more) {
+        residual = Columns(job.segments[which].w, input, panel, rows);
+        residual.begin(n_blocks, loads[0]);
+      }
     }
     __syncthreads();
     if (token < rows && row < segment.w.rows) {
@@ -369,22 +380,26 @@ void launch_shape(const PackedJob& job, const Gpu& gpu) {
     n_panels += segment.w.n_panels;
     if (segment.b.n_panels > 0) bytes = std::max(bytes, near_bytes(segment.h, job.rows));
   }
-  if (S::kTokens == 1) bytes += near_bytes(job.x, 1);
+  if (S::kRoundsInput) bytes += near_bytes(job.x, 1);
   if (bytes > gpu.facts.shared_bytes / 2) {
     throw Error(ErrorKind::kResource, "row too long for this GPU", gpu.facts.name,
                 std::to_string(job.x.padded_cols) + " columns do not fit its shared memory");
   }
-  const int64_t n_blocks = std::min<int64_t>(n_panels, S::kResident * gpu.facts.n_sms);
+  const int64_t first_wave = S::kResident * gpu.facts.n_sms;
+  // A row that has been rounded serves several panels.
+  const int64_t n_blocks = S::kRoundsInput ? std::min(n_panels, first_wave) : n_panels;
   launch_kernel(gpu, "packed matvec", packed_matvec_kernel<S>,
-                dim3(static_cast<unsigned>(n_blocks)), dim3(S::kWarps * kWarp), bytes, job);
+                dim3(static_cast<unsigned>(n_blocks)), dim3(S::kWarps * kWarp), bytes, job,
+                static_cast<int>(first_wave));
 }
 
 template <bool kGroups32>
 void launch_groups(const PackedJob& job, const Gpu& gpu) {
   constexpr int kLess = kGroups32 ? 2 : 1;
-  if (job.rows == 1) return launch_shape<Shape<1, kGroups32, 4>>(job, gpu);
-  if (job.rows <= 8) return launch_shape<Shape<8, kGroups32, 4 / kLess>>(job, gpu);
-  launch_shape<Shape<16, kGroups32, 2 / kLess>>(job, gpu);
+  if (job.before.bits < 16) return launch_shape<Shape<1, true, kGroups32, 4>>(job, gpu);
+  if (job.rows == 1) return launch_shape<Shape<1, false, kGroups32, 4 / kLess>>(job, gpu);
+  if (job.rows <= 8) return launch_shape<Shape<8, false, kGroups32, 4 / kLess>>(job, gpu);
+  launch_shape<Shape<16, false, kGroups32, 2 / kLess>>(job, gpu);
 }
 
 }  // namespace
