@@ -174,8 +174,7 @@ class LinearsPlan {
     for (int i = 0; i < op_.n_linears; ++i) {
       n_branches += takes(*op_.linears[i], rounding) && op_.linears[i]->branch_a;
     }
-    const int64_t n_parts =
-        op_.rows <= kMatvecRows || n_branches == 0 ? 1 : kMaxLinears / n_branches;
+    const int64_t n_parts = n_branches == 0 ? 1 : kMaxLinears / n_branches;
     for (int i = 0; i < op_.n_linears; ++i) {
       const CudaLinear& linear = *op_.linears[i];
       if (!takes(linear, rounding)) continue;
@@ -201,7 +200,7 @@ class LinearsPlan {
       add_rounding(job, linear.branch_act, gpu_, arena_);
       segment.b = linear.branch_b->fragments();
       segment.h = job.rounded;
-      if (op_.rows <= kMatvecRows && matvec_rounds_narrow(job)) {
+      if (matvec_rounds_narrow(job)) {
         segment.narrow = job;
       } else {
         narrow.push_back(job);

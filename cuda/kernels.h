@@ -127,11 +127,11 @@ struct PackedSegment {
   FragmentView w;
   FragmentView b;  // n_panels 0: no low-rank component
   RoundedRows h;
-  RowsJob narrow;   // of few rows, with bits below 16: h is made of this by the product itself
+  RowsJob narrow;   // of one row, with bits below 16: h is made of this by the product itself
   float* y;         // null: only the stream is wanted
   bool accumulate;  // y +=
   float* stream;    // [m, out] += y, or null: the residual stream
-  // Blocks of 128 columns of w that take part, for many rows; n_blocks 0: all.
+  // Blocks of 128 columns of w that take part; n_blocks 0: all.
   int32_t first_block, n_blocks;
 };
 struct PackedJob {

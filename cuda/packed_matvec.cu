@@ -27,12 +27,12 @@ namespace {
 
 // kRoundsInput: one token, whose row every block of threads rounds. kUnroll: how many blocks of
 // columns a warp asks for at once.
-template <int kTokens_, bool kRoundsInput_, bool kGroups32_, int kUnroll_>
+template <int kTokens_, bool kRoundsInput_, bool kGroups32_, int kUnroll_, int kResident_ = 2>
 struct Shape {
   static constexpr int kTokens = kTokens_, kTiles = (kTokens + 7) / 8, kUnroll = kUnroll_;
   static constexpr bool kRoundsInput = kRoundsInput_;
   // Warps of a block of threads, and how many blocks a multiprocessor has room for.
-  static constexpr int kWarps = 8, kResident = 2;
+  static constexpr int kWarps = 8, kResident = kResident_;
   static constexpr int kScales = kGroups32_ ? 2 : 1;           // of a block of 64 columns
   static constexpr int kSums = kTokens == 1 ? 2 : 4 * kTiles;  // of a lane
 };
@@ -51,22 +51,25 @@ struct Stream {
   int w_step, x_step;     // between the scales of a warp's blocks
   int w_half, x_half;     // between those of a block's halves
 
-  __device__ Stream(const FragmentView& w, const RoundedRows& rows, int panel, int n_tokens) {
+  /// first_block: of 128 columns.
+  __device__ Stream(const FragmentView& w, const RoundedRows& rows, int panel, int first_block,
+                    int n_tokens) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int first = first_block * static_cast<int>(kBlockCols) + warp * 64;
     const auto group = [](int col, int shift) { return col >> shift; };
-    codes = panel_codes(w, panel) + warp / 2 * kSetCodes + warp % 2 * kWarp + lane;
-    scales = panel_scales(w, panel) + group(warp * 64, w.group_shift) * kSetScales + lane / 4;
+    codes = panel_codes(w, panel) + (first_block + warp / 2) * kSetCodes + warp % 2 * kWarp + lane;
+    scales = panel_scales(w, panel) + group(first, w.group_shift) * kSetScales + lane / 4;
     w_step = group(kStep, w.group_shift) * kSetScales;
     w_half = group(32, w.group_shift) * kSetScales;
     constexpr int kRow = kMatvecRows;
     x_step = group(kStep, rows.group_shift) * kRow;
     x_half = group(32, rows.group_shift) * kRow;
-    x_scales = rows.scales + group(warp * 64, rows.group_shift) * kRow;
+    x_scales = rows.scales + group(first, rows.group_shift) * kRow;
     if (S::kTokens > 1) x_scales += lane % 4 * 2;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const int token = S::kTokens == 1 ? 0 : min(tile * 8 + lane / 4, n_tokens - 1);
-      x[tile] = rows.codes + token * static_cast<int>(rows.padded_cols) + warp * 64 + lane % 4 * 16;
+      x[tile] = rows.codes + token * static_cast<int>(rows.padded_cols) + first + lane % 4 * 16;
     }
   }
 
@@ -164,10 +167,9 @@ struct Stream {
     }
   }
 
-  /// How many blocks of `padded_cols` columns are this warp's.
-  __device__ static int count(int64_t padded_cols) {
-    const int warp = threadIdx.x / kWarp;
-    return (static_cast<int>(padded_cols / 64) - warp + kWarps - 1) / kWarps;
+  /// How many blocks of 64 columns are this warp's, of n blocks of 128.
+  __device__ static int count(int n) {
+    return (2 * n - static_cast<int>(threadIdx.x / kWarp) + kWarps - 1) / kWarps;
   }
   /// The weights of the first of the warp's n blocks, if they fill `to`.
   __device__ void begin(int n, Loads& to) {
@@ -214,32 +216,31 @@ __device__ void prefetch_share(const FragmentView& w, int panel, int kept) {
   if (threadIdx.x == 0) prefetch_bytes(scales + share * 8 * w.n_groups, w.n_groups * 8 * 4);
 }
 
-// Rows in shared memory: codes, then scales as in memory.
-__host__ __device__ inline int64_t near_bytes(const RoundedRows& x, int64_t rows) {
-  return x.padded_cols * rows + x.n_groups * kMatvecRows * 4;
+// A row in shared memory: codes, then scales as in memory.
+__host__ __device__ inline int64_t near_bytes(const RoundedRows& x) {
+  return x.padded_cols + x.n_groups * kMatvecRows * 4;
 }
-__device__ inline RoundedRows near_rows(const RoundedRows& x, int64_t rows, uint8_t* at) {
+__device__ inline RoundedRows near_row(const RoundedRows& x, uint8_t* at) {
   RoundedRows near = x;
   near.order = CodeOrder::kLanes;
   near.codes = at;
-  near.scales = reinterpret_cast<float*>(at + x.padded_cols * rows);
+  near.scales = reinterpret_cast<float*>(at + x.padded_cols);
   return near;
 }
 
-/// Rows that another kernel has rounded. By a block of threads.
-__device__ void copy_rows(const RoundedRows& from, int64_t rows, const RoundedRows& to) {
-  for (int i = threadIdx.x; i < from.padded_cols * rows / 16; i += blockDim.x) {
+/// A row that another kernel has rounded. By a block of threads.
+__device__ void copy_row(const RoundedRows& from, const RoundedRows& to) {
+  for (int i = threadIdx.x; i < from.padded_cols / 16; i += blockDim.x) {
     reinterpret_cast<uint4*>(to.codes)[i] = reinterpret_cast<const uint4*>(from.codes)[i];
   }
-  for (int i = threadIdx.x; i < from.n_groups * kMatvecRows; i += blockDim.x) {
-    to.scales[i] = from.scales[i];
+  for (int i = threadIdx.x; i < from.n_groups; i += blockDim.x) {
+    to.scales[i * kMatvecRows] = from.scales[i * kMatvecRows];
   }
 }
 
 // What matvec_rounds() has ruled out is left out of the program, which is cold when it starts.
 __device__ RowsJob short_job(const RowsJob& job, const RoundedRows& to) {
   RowsJob result = job;
-  result.n_parts = 1;
   result.term = result.up = nullptr;
   result.sum = result.expanded = nullptr;
   result.rounded = to;
@@ -253,7 +254,8 @@ constexpr int kMaxNarrow = 256;
 /// The input row: norm and rounding. By a block of threads.
 __device__ void round_input(const RowsJob& before, const float4 (&gains)[kInputStretches],
                             const RoundedRows& to) {
-  const RowsJob job = short_job(before, to);
+  RowsJob job = short_job(before, to);
+  job.n_parts = 1;
   const int stretch = threadIdx.x / kWarp * kInputStretches;
   const int col = stretch * 128 + threadIdx.x % kWarp * 4;
   float x[kInputStretches][4], unit = 0;
@@ -266,40 +268,40 @@ __device__ void round_input(const RowsJob& before, const float4 (&gains)[kInputS
   round_padding(job, 0);
 }
 
-/// Rows of x A^T, one of a warp at a time.
+/// The one row of x A^T, by the last warp.
 __device__ void round_narrow(const RowsJob& narrow, const RoundedRows& to) {
   constexpr int kStretches = kMaxNarrow / 128;
+  if (threadIdx.x / kWarp != blockDim.x / kWarp - 1) return;
   const RowsJob source = short_job(narrow, to);
   RowsJob job = source;
   job.cols = to.padded_cols;  // codes of what stands behind the last column are wanted too
   const int lane = threadIdx.x % kWarp;
-  for (int row = threadIdx.x / kWarp; row < job.rows; row += blockDim.x / kWarp) {
-    float x[kStretches][4], unit = 0;
-    load_columns(source, row, lane * 4, x);
-    if (job.level_group > 0) {
-      const uint32_t largest = __reduce_max_sync(kFullMask, __float_as_uint(largest_of(x)));
-      unit = level_unit(job, __uint_as_float(largest));
-      if (lane == 0) to.scales[scale_offset(job.rounded, row, 0)] = unit;
-    }
-    round_stretches(job, row, 0, unit, StretchPlace(job.rounded, row), x);
+  float x[kStretches][4], unit = 0;
+  load_columns(source, 0, lane * 4, x);
+  if (job.level_group > 0) {
+    const uint32_t largest = __reduce_max_sync(kFullMask, __float_as_uint(largest_of(x)));
+    unit = level_unit(job, __uint_as_float(largest));
+    if (lane == 0) to.scales[0] = unit;
   }
+  round_stretches(job, 0, 0, unit, StretchPlace(job.rounded, 0), x);
 }
 
 template <typename S>
 __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
     packed_matvec_kernel(const __grid_constant__ PackedJob job, int first_wave) {
   using Columns = Stream<S, S::kRoundsInput>;
-  using LowRank = Stream<S, true>;
+  constexpr bool kNearH = S::kTokens == 1;
+  using LowRank = Stream<S, kNearH>;
   // [warp][token][row], for every second panel; 17 columns keep the stores of a warp apart.
   constexpr int kColumns = S::kTokens == 1 ? 1 : S::kTiles * 8, kPanel = kPanelRows;
   constexpr int kTurns = S::kRoundsInput ? 2 : 1;
   __shared__ float shared[kTurns][S::kWarps][kColumns][kPanel + 1];
-  extern __shared__ uint4 near[];  // the input if it is rounded here, then h
+  extern __shared__ uint4 near[];  // one token: the input if it is rounded here, then h
   uint8_t* near_input = reinterpret_cast<uint8_t*>(near);
-  uint8_t* near_h = near_input + (S::kRoundsInput ? near_bytes(job.x, 1) : 0);
+  uint8_t* near_h = near_input + (S::kRoundsInput ? near_bytes(job.x) : 0);
   const int rows = static_cast<int>(job.rows);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const RoundedRows input = S::kRoundsInput ? near_rows(job.x, 1, near_input) : job.x;
+  const RoundedRows input = S::kRoundsInput ? near_row(job.x, near_input) : job.x;
 
   int which = 0, panel = blockIdx.x;  // of all segments' panels
   const auto find_segment = [&] {
@@ -311,9 +313,16 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
   };
   find_segment();
   typename Columns::Loads loads[2];
-  const int n_blocks = Columns::count(job.x.padded_cols);
-  Columns residual(job.segments[which].w, input, panel, rows);
-  residual.begin(n_blocks, loads[0]);
+  int n_blocks;  // of 64 columns, of the warp
+  const auto start = [&] {
+    const PackedSegment& segment = job.segments[which];
+    const int all = static_cast<int>(segment.w.padded_cols / kBlockCols);
+    n_blocks = Columns::count(segment.n_blocks > 0 ? segment.n_blocks : all);
+    Columns columns(segment.w, input, panel, segment.first_block, rows);
+    columns.begin(n_blocks, loads[0]);
+    return columns;
+  };
+  Columns residual = start();
   // While the kernel ahead is at work the memory may be idle.
   if (warp == 0 && static_cast<int>(blockIdx.x) < first_wave) {
     prefetch_share(job.segments[which].w, panel, S::kWarps * S::kUnroll / 2);
@@ -334,14 +343,15 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
     float sums[S::kSums] = {};
     residual.run(n_blocks, loads, sums);
     if (segment.b.n_panels > 0) {
-      const RoundedRows h = near_rows(segment.h, rows, near_h);
-      if (h_of != which) {
+      const RoundedRows h = kNearH ? near_row(segment.h, near_h) : segment.h;
+      if (kNearH && h_of != which) {
         h_of = which;
-        segment.narrow.bits < 16 ? round_narrow(segment.narrow, h) : copy_rows(segment.h, rows, h);
+        segment.narrow.bits < 16 ? round_narrow(segment.narrow, h) : copy_row(segment.h, h);
         __syncthreads();
       }
-      LowRank low_rank(segment.b, h, panel, rows);
-      low_rank.run_singly(LowRank::count(segment.b.padded_cols), sums);
+      LowRank low_rank(segment.b, h, panel, 0, rows);
+      const int n_more = static_cast<int>(segment.b.padded_cols / kBlockCols);
+      low_rank.run_singly(LowRank::count(n_more), sums);
     }
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) {
@@ -356,10 +366,7 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
       panel += gridDim.x;
       find_segment();
       more = which < job.n_segments;
-      if (more) {
-        residual = Columns(job.segments[which].w, input, panel, rows);
-        residual.begin(n_blocks, loads[0]);
-      }
+      if (more) residual = start();
     }
     __syncthreads();
     if (token < rows && row < segment.w.rows) {
@@ -372,19 +379,27 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
   }
 }
 
+int64_t count_panels(const PackedJob& job) {
+  int64_t n_panels = 0;
+  for (int i = 0; i < job.n_segments; ++i) n_panels += job.segments[i].w.n_panels;
+  return n_panels;
+}
+
 template <typename S>
 void launch_shape(const PackedJob& job, const Gpu& gpu) {
-  int64_t n_panels = 0, bytes = 0;
+  int64_t bytes = 0;
   for (int i = 0; i < job.n_segments; ++i) {
     const PackedSegment& segment = job.segments[i];
-    n_panels += segment.w.n_panels;
-    if (segment.b.n_panels > 0) bytes = std::max(bytes, near_bytes(segment.h, job.rows));
+    if (S::kTokens == 1 && segment.b.n_panels > 0) {
+      bytes = std::max(bytes, near_bytes(segment.h));
+    }
   }
-  if (S::kRoundsInput) bytes += near_bytes(job.x, 1);
+  if (S::kRoundsInput) bytes += near_bytes(job.x);
   if (bytes > gpu.facts.shared_bytes / 2) {
     throw Error(ErrorKind::kResource, "row too long for this GPU", gpu.facts.name,
                 std::to_string(job.x.padded_cols) + " columns do not fit its shared memory");
   }
+  const int64_t n_panels = count_panels(job);
   const int64_t first_wave = S::kResident * gpu.facts.n_sms;
   // A row that has been rounded serves several panels.
   const int64_t n_blocks = S::kRoundsInput ? std::min(n_panels, first_wave) : n_panels;
@@ -399,7 +414,10 @@ void launch_groups(const PackedJob& job, const Gpu& gpu) {
   if (job.before.bits < 16) return launch_shape<Shape<1, true, kGroups32, 4>>(job, gpu);
   if (job.rows == 1) return launch_shape<Shape<1, false, kGroups32, 4 / kLess>>(job, gpu);
   if (job.rows <= 8) return launch_shape<Shape<8, false, kGroups32, 4 / kLess>>(job, gpu);
-  launch_shape<Shape<16, false, kGroups32, 2 / kLess>>(job, gpu);
+  // More than the device has room for at once: rather more blocks than longer ones.
+  count_panels(job) > 2 * gpu.facts.n_sms
+      ? launch_shape<Shape<16, false, kGroups32, 1, 3>>(job, gpu)
+      : launch_shape<Shape<16, false, kGroups32, 2 / kLess>>(job, gpu);
 }
 
 }  // namespace
@@ -411,7 +429,7 @@ bool matvec_rounds(const RowsJob& before) {
 }
 
 bool matvec_rounds_narrow(const RowsJob& narrow) {
-  return narrow.cols <= kMaxNarrow && whole_stretches(narrow);
+  return narrow.rows == 1 && narrow.cols <= kMaxNarrow && whole_stretches(narrow);
 }
 
 void launch_packed_matvec(const PackedJob& job, const Gpu& gpu) {

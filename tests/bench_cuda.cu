@@ -233,7 +233,7 @@ void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group,
     job.rows = rows;
     job.n_segments = 1;
     if (rank > 0) {
-      const int n_parts = rows > kMatvecRows ? kMaxLinears : 1;  // as the executor does
+      constexpr int n_parts = kMaxLinears;  // as the executor does
       for (int part = 0; part < n_parts; ++part) {
         PackedSegment& segment = job.segments[part];
         const int n_blocks = static_cast<int>(a[at].view.padded_cols / kBlockCols);
@@ -245,12 +245,11 @@ void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group,
       job.n_segments = n_parts;
       launch(job);
       h.job.n_parts = n_parts;
-      if (rows > kMatvecRows) launch_rows(h.job, bench.gpu);
+      launch_rows(h.job, bench.gpu);
       job.segments[0] = {};
       job.n_segments = 1;
       job.segments[0].b = b[at].view;
       job.segments[0].h = h.job.rounded;
-      if (rows <= kMatvecRows) job.segments[0].narrow = h.job;
     }
     job.segments[0].w = r[at].view;
     job.segments[0].y = y.as<float>();
