@@ -41,6 +41,7 @@ void add_rounding(RowsJob& job, const ActQuant& act, const Gpu& gpu, Arena& aren
   if (multiples) job.level_group = static_cast<int32_t>(std::min(act.group, job.cols));
   to.group = static_cast<int32_t>(multiples || act.group >= job.cols ? to.padded_cols : act.group);
   to.group_shift = group_shift(to.group, to.padded_cols);
+  to.nibbles = act.bits <= 4 && act.codes != ActCodes::kAsymmetric && !multiples;
   // Codes times multiples fill a byte.
   to.order = code_order(job.rows, multiples ? 8 : act.bits, gpu);
   const int64_t padded_rows = (job.rows + kRowStep - 1) / kRowStep * kRowStep;

@@ -28,6 +28,7 @@ enum class CodeOrder : int32_t {
 struct RoundedRows {
   uint8_t* codes;  // padded_cols bytes a row
   CodeOrder order;
+  bool nibbles;  // codes are in -8..7
   // [rows / kRowStep, n_groups, kRowStep]; kLanes: [n_groups, kMatvecRows] (scale_offset,
   // device.cuh)
   float* scales;

@@ -24,6 +24,18 @@ __device__ inline void mma_s8(IntTile& d, const uint32_t* a, uint32_t b0, uint32
         "r"(c.at[2]), "r"(c.at[3]));
 }
 
+/// D = A B + C with A [16, 64] and B [64, 8] of signed nibbles. Lane l: A words are rows l/4, l/4 +
+/// 8 at columns 8 (l % 4).., then the same rows 32 columns further; B words column l/4, rows 8 (l %
+/// 4).., then 32 further. Tensor cores before Hopper's have it, later ones imitate it.
+__device__ inline void mma_s4(IntTile& d, const uint4& a, uint32_t b0, uint32_t b1,
+                              const IntTile& c) {
+  asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%11,%12,%13};"
+      : "=r"(d.at[0]), "=r"(d.at[1]), "=r"(d.at[2]), "=r"(d.at[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c.at[0]), "r"(c.at[1]),
+        "r"(c.at[2]), "r"(c.at[3]));
+}
+
 /// Two f16, the lower one in the lower half: a word of the operands below.
 __device__ inline uint32_t pack_half(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
@@ -92,6 +104,12 @@ __device__ inline uint32_t low_nibbles(uint32_t word) {
 }
 __device__ inline uint32_t high_nibbles(uint32_t word) {
   return word & 0xF0F0F0F0u;
+}
+
+/// Bytes that hold signed nibbles, the first four and the next four, as a word of the weights holds
+/// them (weights.h).
+__device__ inline uint32_t pack_nibbles(uint32_t first, uint32_t next) {
+  return (first & 0x0F0F0F0Fu) | (next & 0x0F0F0F0Fu) << 4;
 }
 
 /// Byte i of the result is byte (nibble i of pick) of low and high together; nibbles below 8.

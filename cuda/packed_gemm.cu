@@ -6,8 +6,10 @@
 // Work      a block 128 rows of weights x 64 tokens; its 8 warps 32 rows x 32 tokens each. Columns
 //           in stages of 128: codes of both sides and their scales arrive in shared memory by
 //           cp.async, three stages deep. Weights are operand A, expanded from nibbles in registers
-//           once a stage; tokens are operand B. The low-rank component is a few more stages of the
-//           same loop: no second pass, no second write
+//           once a stage; tokens are operand B. Before Hopper, nibbles of both sides are multiplied
+//           as they are (mma m16n8k64 of s4) where groups are of 64 columns and more: the words of
+//           the fragment order are its operand A. The low-rank component is a few more stages of
+//           the same loop: no second pass, no second write
 // Memory    8 KB of weights and 8 KB of tokens a stage for 2^20 products: 128 operations a byte of
 //           second-level cache. Bound: the issue of instructions. For each mma m16n8k32 pair (64
 //           columns) a lane spends 4 x (FADD, FMUL, FFMA) on scales when groups are 64 columns
@@ -86,25 +88,30 @@ struct Source {
   }
 };
 
-// All products of one stage. kInner: columns between two additions to the f32 sums: 32, 64, 128.
-template <int kInner>
+// All products of one stage. kInner: columns between two additions to the f32 sums: 32, 64, 128;
+// kNibbles: both sides stay nibbles.
+template <int kInner, bool kNibbles>
 __device__ inline void multiply(const Stage& stage, int w_shift, int x_shift, int warp_row,
                                 int warp_token, float (*sums)[kWarpTokens / 8][4]) {
   constexpr int kSteps = kBlockCols / 32, kScales = kBlockCols / kInner;
   const int lane = threadIdx.x % kWarp;
-  uint32_t a[2][kSteps][4];
+  static_assert(!kNibbles || kInner >= 64);
+  uint4 words[2][kSteps / 2];
+  uint32_t a[2][kSteps][4];  // words, expanded
   float2 w_scales[2][kScales];
 #pragma unroll
   for (int panel = 0; panel < 2; ++panel) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      expand_codes(stage.weights[warp_row * 2 + panel][half * kWarp + lane], a[panel] + half * 2);
+      words[panel][half] = stage.weights[warp_row * 2 + panel][half * kWarp + lane];
+      if (!kNibbles) expand_codes(words[panel][half], a[panel] + half * 2);
     }
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
       const int group = i * kInner >> min(w_shift, 7);
       const float2 w = __half22float2(stage.weight_scales[group][warp_row * 2 + panel][lane / 4]);
-      w_scales[panel][i] = make_float2(w.x * 0.0625f, w.y * 0.0625f);  // dots are 16 * dot
+      constexpr float kDot = kNibbles ? 1.0f : 0.0625f;  // expanded codes are 16 * code
+      w_scales[panel][i] = make_float2(w.x * kDot, w.y * kDot);
     }
   }
   // A few tiles side by side: an mma waits some thirty clocks for the one before it in its chain.
@@ -124,13 +131,19 @@ __device__ inline void multiply(const Stage& stage, int w_shift, int x_shift, in
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const bool begins = step * 32 % kInner == 0;
+      const bool begins = (kNibbles ? step / 2 * 64 : step * 32) % kInner == 0;
 #pragma unroll
       for (int i = 0; i < kTilesTogether; ++i) {
 #pragma unroll
         for (int panel = 0; panel < 2; ++panel) {
-          mma_s8(dots[i][panel], a[panel][step], b[i][step][0], b[i][step][1],
-                 begins ? dots_start() : dots[i][panel]);
+          const IntTile start = begins ? dots_start() : dots[i][panel];
+          if (!kNibbles) {
+            mma_s8(dots[i][panel], a[panel][step], b[i][step][0], b[i][step][1], start);
+          } else if (step % 2 == 1) {
+            mma_s4(dots[i][panel], words[panel][step / 2],
+                   pack_nibbles(b[i][step - 1][0], b[i][step - 1][1]),
+                   pack_nibbles(b[i][step][0], b[i][step][1]), start);
+          }
         }
       }
       if ((step + 1) * 32 % kInner != 0) continue;
@@ -149,7 +162,7 @@ __device__ inline void multiply(const Stage& stage, int w_shift, int x_shift, in
   }
 }
 
-template <int kInner>
+template <int kInner, bool kNibbles>
 __global__ void __launch_bounds__(kThreads, 2)
     packed_gemm_kernel(const __grid_constant__ PackedJob job) {
   begin_kernel();
@@ -185,10 +198,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     load(index + kStages - 1);
     const Stage& stage = stages[index % kStages];
     if (index < n_main) {
-      multiply<kInner>(stage, segment.w.group_shift, job.x.group_shift, warp_row, warp_token, sums);
+      multiply<kInner, kNibbles>(stage, segment.w.group_shift, job.x.group_shift, warp_row,
+                                 warp_token, sums);
     } else {
-      multiply<kInner>(stage, segment.b.group_shift, segment.h.group_shift, warp_row, warp_token,
-                       sums);
+      multiply<kInner, kNibbles>(stage, segment.b.group_shift, segment.h.group_shift, warp_row,
+                                 warp_token, sums);
     }
   }
 #pragma unroll
@@ -220,9 +234,14 @@ void launch_packed_gemm(const PackedJob& job, const Gpu& gpu) {
   const dim3 grid(static_cast<unsigned>((job.rows + kTileTokens - 1) / kTileTokens),
                   static_cast<unsigned>(n_tiles));
   TQ_CHECK(n_tiles < 65536 && shift >= 5);
-  const auto kernel = shift == 7   ? packed_gemm_kernel<128>
-                      : shift == 6 ? packed_gemm_kernel<64>
-                                   : packed_gemm_kernel<32>;
+  bool nibbles = gpu.facts.major == 8 && job.x.nibbles;
+  for (int i = 0; i < job.n_segments; ++i) {
+    if (job.segments[i].b.n_panels > 0) nibbles &= job.segments[i].h.nibbles;
+  }
+  const auto kernel =
+      shift == 7   ? nibbles ? packed_gemm_kernel<128, true> : packed_gemm_kernel<128, false>
+        : shift == 6 ? nibbles ? packed_gemm_kernel<64, true> : packed_gemm_kernel<64, false>
+                     : packed_gemm_kernel<32, false>;
   launch_kernel(gpu, "packed gemm", kernel, grid, dim3(kThreads), kStages * sizeof(Stage), job);
 }
 

@@ -133,12 +133,21 @@ std::vector<LinearCase> linear_cases() {
   return cases;
 }
 
-// The same call on both backends; two linears and a third with another rounding share the input.
-void compare_linears(Backend& cpu, Backend& gpu, const LinearCase& c, int64_t rows, uint32_t seed) {
+// Who reads the input: two linears and a third with another rounding, or the two. `normed`: it
+// comes out of a norm and nobody else reads it, so that a kernel may keep it to itself.
+struct Readers {
+  size_t count = 3;
+  bool normed = false;
+};
+
+// The same call on both backends.
+void compare_linears(Backend& cpu, Backend& gpu, const LinearCase& c, int64_t rows, uint32_t seed,
+                     Readers readers = {}) {
   SCOPED_TRACE(testing::Message() << c.name << ", storage " << static_cast<int>(c.weight) << ", "
                                   << c.out << " x " << c.in << ", groups " << c.weight_group << " "
                                   << c.act.group << ", " << c.act.bits << " bits, rank " << c.rank
-                                  << ", " << rows << " rows, seed " << seed);
+                                  << ", " << rows << " rows, seed " << seed << ", " << readers.count
+                                  << " linears" << (readers.normed ? ", norm" : ""));
   std::vector<int8_t> signs(static_cast<size_t>(c.in));
   for (size_t i = 0; i < signs.size(); ++i) signs[i] = (i * 2654435761u >> 7 & 1) ? 1 : -1;
   std::vector<CaseMatrix> matrices;
@@ -168,7 +177,16 @@ void compare_linears(Backend& cpu, Backend& gpu, const LinearCase& c, int64_t ro
     }
     linears.push_back(linear);
   }
-  const std::vector<float> x = random_floats(rows * c.in, seed + 20);
+  linears.resize(readers.count);
+  std::vector<float> x = random_floats(rows * c.in, seed + 20);
+  const std::vector<float> raw = x, gain = random_floats(c.in, seed + 21);
+  constexpr float kNormEps = 1e-5f;
+  if (readers.normed) {
+    const BufferPtr in = to_device(cpu, raw), gains = to_device(cpu, gain);
+    const BufferPtr out = cpu.alloc(rows * c.in);
+    cpu.rms_norm(*in, *gains, kNormEps, rows, c.in, *out);
+    x = to_host(cpu, *out, rows * c.in);
+  }
   std::vector<std::vector<float>> results[2];
   for (Backend* backend : {&cpu, &gpu}) {
     std::vector<std::unique_ptr<PreparedLinear>> prepared;
@@ -183,8 +201,12 @@ void compare_linears(Backend& cpu, Backend& gpu, const LinearCase& c, int64_t ro
       weights.push_back(prepared.back().get());
       out_pointers.push_back(outs.back().get());
     }
-    const BufferPtr in = to_device(*backend, x);
-    backend->linears(weights, *in, rows, out_pointers);
+    const BufferPtr in = to_device(*backend, raw), gains = to_device(*backend, gain);
+    const BufferPtr normed = backend->alloc(rows * c.in);
+    const auto norm = [&] { backend->rms_norm(*in, *gains, kNormEps, rows, c.in, *normed); };
+    if (readers.normed) norm();
+    backend->linears(weights, readers.normed ? *normed : *in, rows, out_pointers);
+    if (readers.normed) norm();  // the result before this one is lost
     for (size_t i = 0; i < linears.size(); ++i) {
       results[backend == &gpu].push_back(
           to_host(*backend, *outs[i], rows * linears[i].out_dim() + kGuard));
@@ -229,6 +251,34 @@ TEST_F(Cuda, LinearsAgreeWithTheCpu) {
   for (const LinearCase& c : linear_cases()) {
     for (int64_t rows : {1, 2, 7, 8, 9, 16, 17, 65, 150}) {
       compare_linears(cpu(), gpu(), c, rows, kSeeds[rows % 5]);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// One row that the product rounds itself, in every block of threads: few panels and more than the
+// device has room for at once.
+TEST_F(Cuda, OneRowRoundedByTheProductAgreesWithTheCpu) {
+  std::vector<LinearCase> cases = linear_cases();
+  const ActQuant all = {4, 64, 1.0f, ActCodes::kAll};
+  for (int64_t rank : {0, 32, 200, 300}) {
+    cases.push_back({"many panels", Storage::kQ4, 2300, 4096, 64, all, rank, 64});
+    cases.push_back(
+        {"many panels", Storage::kQ4, 2300, 2080, 32, {8, 32, 1.0f, ActCodes::kAll}, rank, 32});
+    LinearCase two_level = {"many panels, two-level",
+                            Storage::kQ4,
+                            2300,
+                            4000,
+                            128,
+                            {4, 128, 1.0f, ActCodes::kAll, true},
+                            rank,
+                            64};
+    two_level.two_level_weights = true;
+    cases.push_back(two_level);
+  }
+  for (const LinearCase& c : cases) {
+    for (bool normed : {false, true}) {
+      compare_linears(cpu(), gpu(), c, 1, kSeeds[cases.size() % 5], {2, normed});
       if (HasFatalFailure()) return;
     }
   }
