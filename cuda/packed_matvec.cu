@@ -3,11 +3,15 @@
 //
 // packed_matvec - y_s (+)= x' R_s^T + h_s' B_s^T for all linears s that read the same rounded x
 // Shapes    R, B in fragment order (weights.h), x', h' rounded rows (m <= 16), y_s [m, out_s] f32
-// Work      a block a panel of 16 rows; its warps take every kWarps-th block of 64 columns, of B,
-//           then of R; sums of the warps are added through shared memory in a fixed order
+// Work      a block a panel of 16 rows; its warps take every kWarps-th block of 64 columns, of R,
+//           then of B; sums of the warps are added through shared memory in a fixed order. One row
+//           of up to 4096 columns is normed and rounded here, by every block, which then takes
+//           panel after panel: a kernel that only did that would cost more than all blocks' work.
+//           So is one row of x A^T
 // Memory    each code read once by one lane, 16 bytes at a time, a few blocks asked for while as
-//           many are multiplied -> DRAM. x' comes from the caches: 64 bytes a token and block
-// Constants few instructions a block of 64 columns (30 for one token): above 60 the multiprocessor
+//           many are multiplied -> DRAM. x' comes from the caches or from shared memory: 64 bytes a
+//           token and block
+// Constants few instructions a block of 64 columns (30 for one token): at 100 a multiprocessor
 //           issues them no faster than an H200's memory delivers. So addresses are steps from the
 //           last ones, and lanes of absent tokens read the last one's row. The weights are operand
 //           A of mma m16n8k32, tokens are the 8 columns of B; one token fills all of them
@@ -274,7 +278,7 @@ __device__ void round_narrow(const RowsJob& narrow, const RoundedRows& to) {
   if (threadIdx.x / kWarp != blockDim.x / kWarp - 1) return;
   const RowsJob source = short_job(narrow, to);
   RowsJob job = source;
-  job.cols = to.padded_cols;  // codes of what stands behind the last column are wanted too
+  job.cols = to.padded_cols;  // no scale is left undefined: times 0 it might be NaN
   const int lane = threadIdx.x % kWarp;
   float x[kStretches][4], unit = 0;
   load_columns(source, 0, lane * 4, x);
@@ -296,7 +300,7 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
   constexpr int kColumns = S::kTokens == 1 ? 1 : S::kTiles * 8, kPanel = kPanelRows;
   constexpr int kTurns = S::kRoundsInput ? 2 : 1;
   __shared__ float shared[kTurns][S::kWarps][kColumns][kPanel + 1];
-  extern __shared__ uint4 near[];  // one token: the input if it is rounded here, then h
+  extern __shared__ uint4 near[];  // of one token: the input if it is rounded here, then h
   uint8_t* near_input = reinterpret_cast<uint8_t*>(near);
   uint8_t* near_h = near_input + (S::kRoundsInput ? near_bytes(job.x) : 0);
   const int rows = static_cast<int>(job.rows);
