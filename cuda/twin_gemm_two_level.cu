@@ -191,8 +191,7 @@ struct Warpgroup {
       }
       wgmma_wait<0>();
       hold(sums);
-      __syncwarp();
-      if (lane == 0) shared.free[index % S::kStages].arrive();
+      shared.free[index % S::kStages].arrive();
     }
   }
 
@@ -245,8 +244,7 @@ struct Shelf {
       sums[i] = __float_as_int(__int_as_float(sums[i]) + at(i));
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // copies follow these accesses
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) shared.shelf_free.arrive();
+    shared.shelf_free.arrive();
   }
 };
 
@@ -339,9 +337,9 @@ __device__ inline void run(const PackedJob& job, int n_tiles) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       shared.full[i].init(1);
-      shared.free[i].init(kConsumers / kWarp);
+      shared.free[i].init(kConsumers);  // one arrival a warp is no faster, and racecheck loses it
     }
-    shared.shelf_free.init(kConsumers / kWarp);
+    shared.shelf_free.init(kConsumers);
     publish_barriers();
   }
   __syncthreads();
