@@ -5,7 +5,8 @@
 // Shapes    x, term, up [rows, cols] f32; codes [rows, padded_cols] s8, scales [group, row] f32
 // Work      a block of threads a row, or 512 columns of one of few; it stays in shared memory
 //           between the parts; a warp rounds a group, or 128 columns. Of few rows a transform with
-//           a base matrix is two kernels of many blocks: butterflies, then the base matrix
+//           a base matrix is two kernels of many blocks: butterflies, then the base matrix.
+//           Two-level scales want the greatest of the row first: a cluster of blocks shares one
 // Memory    each input read once, each wanted result written once -> DRAM in prefill; decode is
 //           one row, so one block: latency
 // Constants 32 floats + 1 of padding in shared memory: the butterflies of neighbouring elements
@@ -19,7 +20,7 @@
 #include <type_traits>
 
 #include "cuda/hadamard.cuh"
-#include "cuda/rounding.cuh"
+#include "cuda/row_block.cuh"
 #include "model/error.h"
 
 namespace tq::cuda {
@@ -129,6 +130,66 @@ __global__ void __launch_bounds__(1024)
   round_row(job, row, begin, end, [&](int i) { return v[padded_index(i - begin)]; });
 }
 
+constexpr int kCluster = 8;
+
+// Barrier of a cluster of blocks of threads, in two halves: what is written before the first half
+// is seen behind the second.
+__device__ inline void arrive_at_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// The greatest of a cluster; every thread gets it. All of its blocks are there.
+__device__ uint32_t cluster_max(uint32_t value) {
+  value = block_max(value);
+#if __CUDA_ARCH__ >= 900
+  __shared__ uint32_t of_blocks[kCluster];
+  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(of_blocks + blockIdx.x));
+  if (threadIdx.x < kCluster) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "st.shared::cluster.u32 [there], %2;\n}" ::"r"(own),
+        "r"(threadIdx.x), "r"(value)
+        : "memory");
+  }
+  arrive_at_cluster();
+  wait_for_cluster();
+#pragma unroll
+  for (int i = 0; i < kCluster; ++i) value = max(value, of_blocks[i]);
+#endif
+  return value;
+}
+
+// Two-level scales of a row that nothing but loading comes before; a thread has four columns.
+__global__ void __launch_bounds__(1024) level_kernel(const __grid_constant__ RowsJob job) {
+  arrive_at_cluster();  // no block's memory is written before it is there
+  begin_kernel();
+  const int64_t row = blockIdx.y;
+  const int stretch = (blockIdx.x * blockDim.x + threadIdx.x) / kWarp;
+  const int col = stretch * 128 + threadIdx.x % kWarp * 4;
+  float x[1][4];
+  load_columns(job, row, col, x);
+  wait_for_cluster();
+  const uint32_t largest = cluster_max(__float_as_uint(largest_of(x)));
+  const float unit = level_unit(job, __uint_as_float(largest));
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    job.rounded.scales[scale_offset(job.rounded, row, 0)] = unit;
+  }
+  round_stretches(job, row, stretch, unit, StretchPlace(job.rounded, row), x);
+}
+
+bool takes_levels(const RowsJob& job, const Gpu& gpu) {
+  return gpu.facts.major >= 9 && job.rows <= kMatvecRows && job.level_group > 0 && job.bits < 16 &&
+         job.block == 0 && !job.gain && !job.expanded && whole_stretches(job) &&
+         job.cols % 128 == 0 && job.cols > 4096 && job.cols <= kCluster * 4096;
+}
+
 constexpr int kPlaces = 128, kBaseWarps = 12;
 
 // Few rows: the base matrix on kPlaces places of every part of a block, and the rounding of what
@@ -181,6 +242,12 @@ void launch_rows(const RowsJob& job, const Gpu& gpu) {
   TQ_CHECK(job.block == 0 || job.transformed, "a transformed row needs a place");
   if (job.rows == 0) return;
   if (job.rows > kMatvecRows && launch_many_rows(job, gpu)) return;
+  if (takes_levels(job, gpu)) {
+    const int64_t stretches = (job.cols / 128 + kCluster - 1) / kCluster;
+    launch_clusters(gpu, "rows", level_kernel, dim3(kCluster, static_cast<unsigned>(job.rows)),
+                    dim3(static_cast<unsigned>(stretches * kWarp)), 0, kCluster, job);
+    return;
+  }
   // Few rows are latency: several blocks share one, where no block needs what another one writes.
   const bool whole_groups = job.bits >= 16 || job.rounded.group <= 128;
   const bool in_place = job.gain && (job.term || job.up || job.normed == job.x);

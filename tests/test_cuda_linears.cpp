@@ -45,6 +45,8 @@ void add_two_level_cases(std::vector<LinearCase>& cases) {
   add({"two-level, 8 bits", Storage::kQ4, 272, 704, 64, {8, 704, 1.0f, ActCodes::kAll}});
   add({"two-level, 8 bits", Storage::kQ4, 96, 200, 64, {8, 200, 1.0f, ActCodes::kSymmetric}, 32});
   add({"two-level, one group", Storage::kQ4, 96, 200, 200, {4, 200, 1.0f, ActCodes::kAll}});
+  add({"two-level, wide", Storage::kQ4, 48, 4224, 64, {4, 64, 1.0f, ActCodes::kAll}});
+  add({"two-level, wide", Storage::kQ4, 48, 5120, 128, {4, 128, 0.9f, ActCodes::kSymmetric}});
   for (int64_t rank : {8, 32, 128, 144, 300}) {
     const ActQuant act = {4, 64, 1.0f, ActCodes::kAll};
     add({"two-level branch", Storage::kQ4, 312, 320, 64, act, rank, 64});
