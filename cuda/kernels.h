@@ -138,7 +138,7 @@ struct PackedSegment {
 struct PackedJob {
   RoundedRows x;
   // Of one row, with bits below 16: x is made of this by the product itself, in every block of
-  // threads; x.codes and x.scales are null. matvec_rounds() says which norms and roundings.
+  // threads, and only says how. matvec_rounds() says which norms and roundings.
   RowsJob before;
   int64_t rows;
   int32_t n_segments;
