@@ -59,10 +59,6 @@ bool is_read(std::span<const Op> ops, const float* x, int64_t count) {
                           op.kind == OpKind::kAdd || op.kind == OpKind::kTransform;
     if (inside(op.x) || inside(op.y) || inside(op.z) || (in_place && inside(op.out))) return true;
     if (op.kind == OpKind::kRmsNorm && op.out == x && op.rows * op.cols >= count) return false;
-    if (op.kind == OpKind::kAttention && op.out == x &&
-        op.rows * op.n_heads * op.head_dim >= count) {
-      return false;
-    }
     for (int i = 0; i < op.n_linears; ++i) {
       if (op.outs[i] == x && op.rows * op.linears[i]->out_dim() >= count) return false;
     }

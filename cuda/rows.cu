@@ -184,6 +184,8 @@ __global__ void __launch_bounds__(1024) level_kernel(const __grid_constant__ Row
   round_stretches(job, row, stretch, unit, StretchPlace(job.rounded, row), x);
 }
 
+// Shorter rows are rounded by the product that reads them (packed_matvec.cu), or soon enough by one
+// block.
 bool takes_levels(const RowsJob& job, const Gpu& gpu) {
   return gpu.facts.major >= 9 && job.rows <= kMatvecRows && job.level_group > 0 && job.bits < 16 &&
          job.block == 0 && !job.gain && !job.expanded && whole_stretches(job) &&
