@@ -24,16 +24,25 @@ std::string hex(uint64_t value) {
   return text;
 }
 
+// Sums of a GPU differ from the CPU's in their last bits, and so does what follows from them.
+void add_device(Json& json, const Backend& backend) {
+  if (backend.name().starts_with("cuda")) json["calib_device"] = "cuda";
+}
+
 // What the results of a layer depend on. A field more is safe, a field less is a wrong file.
 Json make_fingerprint(const Model& source, const QuantizeOptions& options,
-                      const Calibration* calibration, uint64_t weights_hash) {
+                      const Calibration* calibration, uint64_t weights_hash,
+                      const Backend& backend) {
   Json json;
   json["format"] = kTqFormatVersion;
   json["weights"] = hex(weights_hash);
   json["config"] = hex(XXH3_64bits(source.texts.config.data(), source.texts.config.size()));
   const Json described = describe_options(options);
   for (const auto& item : described.items()) json[item.key()] = item.value();
-  if (calibration) json["calibration"] = hex(calibration->hash());
+  if (calibration) {
+    json["calibration"] = hex(calibration->hash());
+    add_device(json, backend);
+  }
   return json;
 }
 
@@ -119,7 +128,7 @@ class Pipeline {
       catch_up(n_layers);
       refine(*calibration, stream->hidden());
     }
-    finish(calibration);
+    finish(calibration, backend);
     return std::move(result_);
   }
 
@@ -338,7 +347,7 @@ class Pipeline {
     }
   }
 
-  void finish(const Calibration* calibration) {
+  void finish(const Calibration* calibration, const Backend& backend) {
     check_interrupted();
     result_.bits_per_weight =
         8.0 * static_cast<double>(linear_bytes_) / static_cast<double>(n_weights_);
@@ -346,6 +355,7 @@ class Pipeline {
     if (calibration) {
       result_.quantization["calib_samples"] = calibration->samples.size();
       result_.quantization["calib_hash"] = hex(calibration->hash());
+      add_device(result_.quantization, backend);
     }
     result_.quantization["bits_per_weight"] = result_.bits_per_weight;
     Json header = result_.quantization;
@@ -379,7 +389,7 @@ QuantizeResult quantize_model(const Model& source, const QuantizeOptions& option
   fix_block_sizes();
   if (!options.needs_calibration()) calibration = nullptr;
   Pipeline pipeline(source, options, hooks, output);
-  return pipeline.run(calibration, make_fingerprint(source, options, calibration, weights_hash),
+  return pipeline.run(calibration, make_fingerprint(source, options, calibration, weights_hash, backend),
                       backend, resume);
 }
 

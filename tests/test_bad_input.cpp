@@ -503,6 +503,11 @@ std::vector<BadInput> commands() {
               [](const TempDir& dir) {
                 return Args{"run", copy_model(dir), "Once", "--device", "cuda"};
               }),
+      command("N39_NoGpuToCalibrateOn", 4, "--device cpu",
+              [](const TempDir& dir) {
+                return Args{"quantize", copy_model(dir), "-o",       dir / "o.tq",
+                            "--method", "gptq",          "--device", "cuda"};
+              }),
       usage("N39_DeviceUnknown", "--device", {"run", "MODEL", "x", "--device", "9"}),
       command("N40_CalibrationMissing", 5, "calib.txt",
               [](const TempDir& dir) {

@@ -178,6 +178,8 @@ TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
   expect_failure(2, kModel + output() + " --method svdquant --rank 33", "smallest side");
   expect_failure(2, kModel + output() + " --rank 8 --embed-bits 8 --head-bits 4", "stored once");
   expect_failure(2, kModel + output() + " --method rtn --calib-samples 3", "calibration options");
+  expect_failure(2, kModel + output() + " --method rtn --device cuda", "calibration options");
+  expect_failure(2, kModel + output() + learned() + " --device auto", "--device");
   expect_failure(2, kModel + output() + " --method none --bits-w 4", "contradicts");
   expect_failure(2, kModel + output() + " --method none --bits-w 3", "contradicts");
   expect_failure(2, kModel + output() + " --method quarot --branch-bits 8", "--branch-bits");

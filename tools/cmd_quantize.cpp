@@ -15,7 +15,6 @@
 #include <set>
 #include <string_view>
 
-#include "cpu/cpu_backend.h"
 #include "model/atomic_file.h"
 #include "model/error.h"
 #include "model/tq_file.h"
@@ -32,7 +31,7 @@ using Clock = std::chrono::steady_clock;
 
 // Options as typed; absent ones keep the method's default.
 struct QuantizeArguments {
-  std::string folder, output, method = "twinquant", report, calib;
+  std::string folder, output, method = "twinquant", report, calib, device = "cpu";
   std::optional<std::string> rounding, basis, split, basis_rank, loss, act_codes, group_a;
   std::optional<int64_t> rank, steps, refine_steps;
   std::optional<int> branch_bits, bits_w, bits_a, embed_bits, head_bits, kv_bits;
@@ -176,7 +175,7 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
   options.threads = args.threads > 0 ? args.threads : static_cast<int>(std::max(1L, cores));
   check_options(options, config);
   if (!options.needs_calibration() &&
-      (!args.calib.empty() || args.calib_samples || args.calib_length)) {
+      (!args.calib.empty() || args.calib_samples || args.calib_length || args.device != "cpu")) {
     throw Error(ErrorKind::kUsage, "usage", "tq quantize",
                 "calibration options have no effect: this method needs no text");
   }
@@ -387,6 +386,7 @@ void quantize(const QuantizeArguments& args) {
     calibration = make_calibration(args, options, model, tokenizer);
   }
   const QuantizePlan plan = make_plan(model, options, calibration ? calibration->n_tokens() : 0);
+  const std::unique_ptr<Backend> backend = open_backend({args.device, options.threads});
   check_disk_space(args.output, plan.output_bytes + plan.resume_bytes);
   check_memory(plan.memory_bytes);
   const uint64_t weights_hash = scan_weights(model, [&](const Matrix& m) {
@@ -407,9 +407,8 @@ void quantize(const QuantizeArguments& args) {
           progress.descent(stage, step, n, loss);
         },
         interrupted, model.release};
-    CpuBackend backend(options.threads);
     result = quantize_model(model, options, calibration ? &*calibration : nullptr, weights_hash,
-                            backend, args.output, args.resume, hooks);
+                            *backend, args.output, args.resume, hooks);
   }
   const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
   if (!args.report.empty()) write_report(args.report, result, seconds);
@@ -529,6 +528,12 @@ void add_quantize_command(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--threads", args->threads, "CPU threads; 0 = all cores; never changes bytes")
       ->check(number_in(0, 1024))
+      ->capture_default_str();
+  command
+      ->add_option("--device", args->device,
+                   "cpu or cuda: where the calibration text runs through the layers; the last bits "
+                   "of what is rounded depend on it")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   command->add_flag("--dry-run", args->dry_run, "check everything, print the plan, write nothing");
   command->add_flag("--resume", args->resume, "continue an interrupted run (OUTPUT.resume)");
