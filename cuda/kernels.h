@@ -128,7 +128,11 @@ struct PackedSegment {
   FragmentView w;
   FragmentView b;  // n_panels 0: no low-rank component
   RoundedRows h;
-  RowsJob narrow;   // of one row, with bits below 16: h is made of this by the product itself
+  // Of one row, with bits below 16: h is made of this by the product itself, and `parts`, which is
+  // narrow.x, of A before that. matvec_makes_h() says where.
+  RowsJob narrow;
+  FragmentView a;
+  float* parts;     // [narrow.n_parts, 1, rank] sums over kPartBlocks * 128 columns of x' A^T each
   float* y;         // null: only the stream is wanted
   bool accumulate;  // y +=
   float* stream;    // [m, out] += y, or null: the residual stream
@@ -141,6 +145,7 @@ struct PackedJob {
   // threads, and only says how. matvec_rounds() says which norms and roundings.
   RowsJob before;
   int64_t rows;
+  int32_t* counters;  // two zeros; zeros again afterwards: where the product makes an h
   int32_t n_segments;
   PackedSegment segments[kMaxLinears];
 };
@@ -150,7 +155,8 @@ int smallest_group_shift(const PackedJob& job);
 void launch_packed(const PackedJob& job, const Gpu& gpu);
 void launch_packed_matvec(const PackedJob& job, const Gpu& gpu);
 bool matvec_rounds(const RowsJob& before);
-bool matvec_rounds_narrow(const RowsJob& narrow);
+bool matvec_makes_h(const RowsJob& narrow);
+constexpr int64_t kPartBlocks = 4;  // of 128 columns
 void launch_packed_gemm(const PackedJob& job, const Gpu& gpu);
 void launch_twin_gemm(const PackedJob& job, const Gpu& gpu);
 bool takes_two_level(const PackedJob& job, const Gpu& gpu);
