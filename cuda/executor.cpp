@@ -70,15 +70,8 @@ bool is_read(std::span<const Op> ops, const float* x, int64_t count) {
 class LinearsPlan {
  public:
   /// stream: what the one output is added to, or null.
-  /// counters: of PackedJob.
-  LinearsPlan(const Op& op, const RowsJob& before, float* stream, int32_t* counters,
-              const Gpu& gpu, Arena& arena)
-      : op_(op),
-        gpu_(gpu),
-        arena_(arena),
-        before_(before),
-        stream_(stream),
-        counters_(counters) {}
+  LinearsPlan(const Op& op, const RowsJob& before, float* stream, const Gpu& gpu, Arena& arena)
+      : op_(op), gpu_(gpu), arena_(arena), before_(before), stream_(stream) {}
 
   /// input_wanted: later operations read op.x, which may be a result of `before`; output_wanted:
   /// they read the outputs, not only the stream.
@@ -165,14 +158,12 @@ class LinearsPlan {
     if (launching() && job.n_segments > 0) launch_packed(job, gpu_);
   }
 
-  // All linears of one rounding that the tensor-core kernels take: first every x' A^T, unless the
-  // product makes it itself, then all.
+  // All linears of one rounding that the tensor-core kernels take: first every x' A^T, then all.
   void run_packed(const Rounding& rounding) {
     PackedJob down = {}, main = {};
     down.x = main.x = rounding.rows;
     down.before = main.before = rounding.before;
     down.rows = main.rows = op_.rows;
-    main.counters = counters_;
     std::vector<RowsJob> narrow;
     // x' A^T has few rows of weights: its columns are shared out too, so that more of the device
     // works, and the parts are added when h is rounded.
@@ -180,6 +171,7 @@ class LinearsPlan {
     for (int i = 0; i < op_.n_linears; ++i) {
       n_branches += takes(*op_.linears[i], rounding) && op_.linears[i]->branch_a;
     }
+    const int64_t n_parts = n_branches == 0 ? 1 : kMaxLinears / n_branches;
     for (int i = 0; i < op_.n_linears; ++i) {
       const CudaLinear& linear = *op_.linears[i];
       if (!takes(linear, rounding)) continue;
@@ -191,29 +183,25 @@ class LinearsPlan {
       const FragmentView& a = linear.branch_a->fragments();
       const int64_t n_blocks = a.padded_cols / kBlockCols;
       RowsJob job = plain_rows(nullptr, op_.rows, linear.rank());
-      add_rounding(job, linear.branch_act, gpu_, arena_);
-      const bool inside = matvec_makes_h(job);
-      job.n_parts = inside ? (n_blocks + kPartBlocks - 1) / kPartBlocks
-                           : std::min<int64_t>(kMaxLinears / n_branches, n_blocks);
-      float* parts = arena_.take<float>(job.n_parts * op_.rows * linear.rank());
-      job.x = parts;
-      segment.b = linear.branch_b->fragments();
-      segment.h = job.rounded;
-      if (inside) {
-        segment.a = a;
-        segment.parts = parts;
-        segment.narrow = job;
-        continue;
-      }
+      job.n_parts = std::min(n_parts, n_blocks);
+      float* h = arena_.take<float>(job.n_parts * op_.rows * linear.rank());
+      job.x = h;
       for (int64_t part = 0; part < job.n_parts; ++part) {
         PackedSegment& factor = down.segments[down.n_segments++];
         factor.w = a;
-        factor.y = parts + part * op_.rows * linear.rank();
+        factor.y = h + part * op_.rows * linear.rank();
         factor.first_block = static_cast<int32_t>(part * n_blocks / job.n_parts);
         factor.n_blocks =
             static_cast<int32_t>((part + 1) * n_blocks / job.n_parts) - factor.first_block;
       }
-      narrow.push_back(job);
+      add_rounding(job, linear.branch_act, gpu_, arena_);
+      segment.b = linear.branch_b->fragments();
+      segment.h = job.rounded;
+      if (matvec_rounds_narrow(job)) {
+        segment.narrow = job;
+      } else {
+        narrow.push_back(job);
+      }
     }
     launch(down);
     for (const RowsJob& job : narrow) {
@@ -270,7 +258,6 @@ class LinearsPlan {
   Arena& arena_;
   const RowsJob& before_;
   float* stream_;
-  int32_t* counters_;
   bool output_wanted_ = true;
   const float* input_ = nullptr;  // f32, transformed if there is a transform
   std::vector<Rounding> roundings_;
@@ -290,7 +277,6 @@ int smallest_group_shift(const PackedJob& job) {
     shift = std::min(shift, segment.w.group_shift);
     if (segment.b.n_panels == 0) continue;
     shift = std::min({shift, segment.b.group_shift, segment.h.group_shift});
-    if (segment.a.n_panels > 0) shift = std::min(shift, segment.a.group_shift);
   }
   return shift;
 }
@@ -315,7 +301,7 @@ bool Executor::reserve(std::span<const Op> ops, int64_t max_keys) {
 void Executor::launch(std::span<const Op> ops, const StepInput* input, int64_t max_keys) {
   input_ = input;
   max_keys_ = max_keys;
-  if (counters_.size() == 0) counters_ = DeviceMemory((kAttentionCounters + 2) * 4, "working memory");
+  if (counters_.size() == 0) counters_ = DeviceMemory(kAttentionCounters * 4, "working memory");
   // Something to point at, also where nothing is needed: null means counting.
   if (memory_.size() == 0) memory_ = DeviceMemory(256, "working memory");
   for (size_t i = 0; i < ops.size();) i += run(ops.subspan(i), Arena(memory_.as<uint8_t>()));
@@ -402,8 +388,7 @@ size_t Executor::run_rows(std::span<const Op> ops, Arena& arena) {
     const std::span<const Op> later = ops.subspan(done);
     const bool output_wanted =
         !stream || is_read(later, ops[i].outs[0], ops[i].rows * ops[i].linears[0]->out_dim());
-    int32_t* counters = counters_.as<int32_t>() + kAttentionCounters;
-    LinearsPlan(ops[i], job, stream, counters, gpu_, arena)
+    LinearsPlan(ops[i], job, stream, gpu_, arena)
         .run(is_read(later, ready, job.rows * job.cols), output_wanted);
     return done;
   }

@@ -128,11 +128,7 @@ struct PackedSegment {
   FragmentView w;
   FragmentView b;  // n_panels 0: no low-rank component
   RoundedRows h;
-  // Of one row, with bits below 16: h is made of this by the product itself, and `parts`, which is
-  // narrow.x, of A before that. matvec_makes_h() says where.
-  RowsJob narrow;
-  FragmentView a;
-  float* parts;     // [narrow.n_parts, 1, rank] sums over kPartBlocks * 128 columns of x' A^T each
+  RowsJob narrow;   // of one row, with bits below 16: h is made of this by the product itself
   float* y;         // null: only the stream is wanted
   bool accumulate;  // y +=
   float* stream;    // [m, out] += y, or null: the residual stream
@@ -145,7 +141,6 @@ struct PackedJob {
   // threads, and only says how. matvec_rounds() says which norms and roundings.
   RowsJob before;
   int64_t rows;
-  int32_t* counters;  // two zeros; zeros again afterwards: where the product makes an h
   int32_t n_segments;
   PackedSegment segments[kMaxLinears];
 };
@@ -155,8 +150,7 @@ int smallest_group_shift(const PackedJob& job);
 void launch_packed(const PackedJob& job, const Gpu& gpu);
 void launch_packed_matvec(const PackedJob& job, const Gpu& gpu);
 bool matvec_rounds(const RowsJob& before);
-bool matvec_makes_h(const RowsJob& narrow);
-constexpr int64_t kPartBlocks = 4;  // of 128 columns
+bool matvec_rounds_narrow(const RowsJob& narrow);
 void launch_packed_gemm(const PackedJob& job, const Gpu& gpu);
 void launch_twin_gemm(const PackedJob& job, const Gpu& gpu);
 bool takes_two_level(const PackedJob& job, const Gpu& gpu);

@@ -272,26 +272,11 @@ __device__ void round_input(const RowsJob& before, const float4 (&gains)[kInputS
   round_padding(job, 0);
 }
 
-/// The one row of x A^T, from its parts; `room` for a sum of them a warp. By a block of threads.
-__device__ void make_h(const RowsJob& narrow, const RoundedRows& to, float* room) {
+/// The one row of x A^T, by the last warp.
+__device__ void round_narrow(const RowsJob& narrow, const RoundedRows& to) {
   constexpr int kStretches = kMaxNarrow / 128;
-  const int warp = threadIdx.x / kWarp, n_warps = blockDim.x / kWarp;
-  RowsJob source = short_job(narrow, to);
-  source.x = room;
-  source.n_parts = min(static_cast<int>(narrow.n_parts), n_warps);
-  if (warp < source.n_parts) {
-    RowsJob mine = source;
-    mine.x = narrow.x + warp * narrow.cols;
-    // Every n_warps-th: the step from part to part is rows * cols.
-    mine.n_parts = (narrow.n_parts - warp + n_warps - 1) / n_warps;
-    mine.rows = n_warps;
-    float x[kStretches][4];
-    const int col = threadIdx.x % kWarp * 4;
-    load_columns(mine, 0, col, x);
-    store_columns(mine, warp, col, x, room);
-  }
-  __syncthreads();
-  if (warp != n_warps - 1) return;
+  if (threadIdx.x / kWarp != blockDim.x / kWarp - 1) return;
+  const RowsJob source = short_job(narrow, to);
   RowsJob job = source;
   job.cols = to.padded_cols;  // no scale is left undefined: times 0 it might be NaN
   const int lane = threadIdx.x % kWarp;
@@ -305,59 +290,17 @@ __device__ void make_h(const RowsJob& narrow, const RoundedRows& to, float* room
   round_stretches(job, 0, 0, unit, StretchPlace(job.rounded, 0), x);
 }
 
-// Which part of which x A^T: `panel` of 16 rows, columns from 128 * first_block on.
-struct Part {
-  int segment, index, panel, first_block;
-};
-__device__ Part find_part(const PackedJob& job, int item) {
-  Part part = {};
-  for (;; ++part.segment) {
-    const PackedSegment& segment = job.segments[part.segment];
-    const int n_panels = static_cast<int>(segment.a.n_panels);
-    const int n_items = n_panels * static_cast<int>(segment.narrow.n_parts);
-    if (item < n_items) {
-      part.index = item / n_panels;
-      part.panel = item % n_panels;
-      part.first_block = part.index * static_cast<int>(kPartBlocks);
-      return part;
-    }
-    item -= n_items;
-  }
-}
-
-/// Says that a part is in memory. By the warp that wrote it.
-__device__ void announce(int32_t* counters) {
-  __syncwarp();
-  if (threadIdx.x % kWarp != 0) return;
-  __threadfence();
-  atomicAdd(counters, 1);
-}
-/// Waits until all n_items are, for a block of threads; once. The last block to pass clears up.
-__device__ void await_parts(int32_t* counters, int n_items) {
-  if (threadIdx.x == 0) {
-    int32_t n_done;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(n_done) : "l"(counters) : "memory");
-    } while (n_done < n_items);
-    if (atomicAdd(counters + 1, 1) == static_cast<int>(gridDim.x) - 1) {
-      counters[0] = counters[1] = 0;
-    }
-  }
-  __syncthreads();
-}
-
 template <typename S>
 __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
-    packed_matvec_kernel(const __grid_constant__ PackedJob job, int first_wave, int n_items) {
+    packed_matvec_kernel(const __grid_constant__ PackedJob job, int first_wave) {
   using Columns = Stream<S, S::kRoundsInput>;
-  constexpr bool kOne = S::kTokens == 1;
-  using LowRank = Stream<S, kOne>;
+  constexpr bool kNearH = S::kTokens == 1;
+  using LowRank = Stream<S, kNearH>;
   // [warp][token][row], for every second panel; 17 columns keep the stores of a warp apart.
-  constexpr int kColumns = kOne ? 1 : S::kTiles * 8, kPanel = kPanelRows;
-  constexpr int kTurns = kOne ? 2 : 1;
+  constexpr int kColumns = S::kTokens == 1 ? 1 : S::kTiles * 8, kPanel = kPanelRows;
+  constexpr int kTurns = S::kRoundsInput ? 2 : 1;
   __shared__ float shared[kTurns][S::kWarps][kColumns][kPanel + 1];
-  // Of one token: the input if it is rounded here, then h, then room for make_h().
-  extern __shared__ uint4 near[];
+  extern __shared__ uint4 near[];  // of one token: the input if it is rounded here, then h
   uint8_t* near_input = reinterpret_cast<uint8_t*>(near);
   uint8_t* near_h = near_input + (S::kRoundsInput ? near_bytes(job.x) : 0);
   const int rows = static_cast<int>(job.rows);
@@ -398,75 +341,44 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
   } else {
     begin_kernel();
   }
-  // Sums of the warps go to shared memory; the sum of them is the calling thread's output.
-  const auto share = [&](int turn, const float(&sums)[S::kSums]) {
-#pragma unroll
-    for (int i = 0; i < S::kSums; ++i) {
-      // One token: the lanes of a row hold the same.
-      const int token = kOne ? 0 : i / 4 * 8 + lane % 4 * 2 + i % 2;
-      const int upper = kOne ? i : i / 2 % 2;
-      shared[turn][warp][token][lane / 4 + upper * 8] = sums[i];
-    }
-  };
-  const auto total = [&](int turn, int token) {
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < S::kWarps; ++i) sum += shared[turn][i][token][threadIdx.x % kPanel];
-    return sum * 0.0625f;
-  };
-  int turn = 0;
-  if constexpr (kOne) {
-    // Parts of x A^T, by blocks with fewer panels first. They are done while all blocks read R.
-    for (int item = gridDim.x - 1 - blockIdx.x; item < n_items; item += gridDim.x, turn ^= 1) {
-      const Part part = find_part(job, item);
-      const PackedSegment& segment = job.segments[part.segment];
-      const int all = static_cast<int>(segment.a.padded_cols / kBlockCols);
-      float sums[S::kSums] = {};
-      Columns factor(segment.a, input, part.panel, part.first_block, rows);
-      factor.run_singly(Columns::count(min(all - part.first_block, static_cast<int>(kPartBlocks))),
-                        sums);
-      share(turn, sums);
-      __syncthreads();
-      const int row = part.panel * kPanel + threadIdx.x;
-      if (warp > 0) continue;
-      if (threadIdx.x < kPanel && row < segment.a.rows) {
-        segment.parts[part.index * segment.a.rows + row] = total(turn, 0);
-      }
-      announce(job.counters);
-    }
-  }
   int h_of = -1;  // the segment whose h is near
-  for (;; turn ^= 1) {
+  for (int turn = 0;; turn ^= 1) {
     const PackedSegment& segment = job.segments[which];
     float sums[S::kSums] = {};
     residual.run(n_blocks, loads, sums);
-    if (kOne && n_items > 0) await_parts(job.counters, n_items), n_items = 0;
     if (segment.b.n_panels > 0) {
-      const RoundedRows h = kOne ? near_row(segment.h, near_h) : segment.h;
-      if (kOne && h_of != which) {
+      const RoundedRows h = kNearH ? near_row(segment.h, near_h) : segment.h;
+      if (kNearH && h_of != which) {
         h_of = which;
-        if (segment.a.n_panels > 0) {
-          make_h(segment.narrow, h, reinterpret_cast<float*>(near_h + near_bytes(segment.h)));
-        } else {
-          copy_row(segment.h, h);
-        }
+        segment.narrow.bits < 16 ? round_narrow(segment.narrow, h) : copy_row(segment.h, h);
         __syncthreads();
       }
       LowRank low_rank(segment.b, h, panel, 0, rows);
       const int n_more = static_cast<int>(segment.b.padded_cols / kBlockCols);
       low_rank.run_singly(LowRank::count(n_more), sums);
     }
-    share(turn, sums);
+#pragma unroll
+    for (int i = 0; i < S::kSums; ++i) {
+      // One token: the lanes of a row hold the same.
+      const int token = S::kTokens == 1 ? 0 : i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const int upper = S::kTokens == 1 ? i : i / 2 % 2;
+      shared[turn][warp][token][lane / 4 + upper * 8] = sums[i];
+    }
     const int token = threadIdx.x / kPanel, row = panel * kPanel + threadIdx.x % kPanel;
     bool more = false;
-    if constexpr (kOne) {
+    if constexpr (S::kRoundsInput) {
       panel += gridDim.x;
       find_segment();
       more = which < job.n_segments;
       if (more) residual = start();
     }
     __syncthreads();
-    if (token < rows && row < segment.w.rows) store_output(segment, token, row, total(turn, token));
+    if (token < rows && row < segment.w.rows) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < S::kWarps; ++i) sum += shared[turn][i][token][threadIdx.x % kPanel];
+      store_output(segment, token, row, sum * 0.0625f);
+    }
     if (!more) return;
   }
 }
@@ -479,14 +391,12 @@ int64_t count_panels(const PackedJob& job) {
 
 template <typename S>
 void launch_shape(const PackedJob& job, const Gpu& gpu) {
-  int64_t bytes = 0, n_items = 0;
+  int64_t bytes = 0;
   for (int i = 0; i < job.n_segments; ++i) {
     const PackedSegment& segment = job.segments[i];
-    if (S::kTokens > 1 || segment.b.n_panels == 0) continue;
-    const bool makes_h = segment.a.n_panels > 0;
-    const int64_t room = makes_h ? int64_t{S::kWarps} * segment.narrow.cols * 4 : 0;
-    bytes = std::max(bytes, near_bytes(segment.h) + room);
-    n_items += segment.a.n_panels * segment.narrow.n_parts;
+    if (S::kTokens == 1 && segment.b.n_panels > 0) {
+      bytes = std::max(bytes, near_bytes(segment.h));
+    }
   }
   if (S::kRoundsInput) bytes += near_bytes(job.x);
   if (bytes > gpu.facts.shared_bytes / 2) {
@@ -495,11 +405,11 @@ void launch_shape(const PackedJob& job, const Gpu& gpu) {
   }
   const int64_t n_panels = count_panels(job);
   const int64_t first_wave = S::kResident * gpu.facts.n_sms;
-  // A row that is near serves several panels. And blocks that wait for each other must all be there.
-  const int64_t n_blocks = S::kTokens == 1 ? std::min(n_panels, first_wave) : n_panels;
+  // A row that has been rounded serves several panels.
+  const int64_t n_blocks = S::kRoundsInput ? std::min(n_panels, first_wave) : n_panels;
   launch_kernel(gpu, "packed matvec", packed_matvec_kernel<S>,
                 dim3(static_cast<unsigned>(n_blocks)), dim3(S::kWarps * kWarp), bytes, job,
-                static_cast<int>(first_wave), static_cast<int>(n_items));
+                static_cast<int>(first_wave));
 }
 
 template <bool kGroups32>
@@ -522,7 +432,7 @@ bool matvec_rounds(const RowsJob& before) {
          whole_stretches(before);
 }
 
-bool matvec_makes_h(const RowsJob& narrow) {
+bool matvec_rounds_narrow(const RowsJob& narrow) {
   return narrow.rows == 1 && narrow.cols <= kMaxNarrow && whole_stretches(narrow);
 }
 
