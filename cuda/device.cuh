@@ -135,13 +135,23 @@ __device__ inline void prefetch_bytes(const void* at, int bytes) {
 }
 
 /// Waits for the kernel before: everything that an earlier one wrote may be read from here on. What
-/// no kernel writes (weights) may be read before. Then lets the next kernel of the stream be
-/// placed: not sooner, or kernels further on read their weights while this one needs the memory.
-__device__ inline void begin_kernel() {
+/// no kernel writes (weights) may be read before.
+__device__ inline void await_kernel() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
+#endif
+}
+/// Lets the next kernel of the stream be placed.
+__device__ inline void place_next_kernel() {
+#if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
+}
+/// Both, in this order: were the next kernel placed sooner, kernels further on would read their
+/// weights while this one needs the memory.
+__device__ inline void begin_kernel() {
+  await_kernel();
+  place_next_kernel();
 }
 
 /// Launches `kernel`. From compute capability 9.0 on, its blocks may be placed before the kernel

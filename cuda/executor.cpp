@@ -204,6 +204,11 @@ class LinearsPlan {
       }
     }
     launch(down);
+    if (op_.rows == 1 && narrow.empty()) {
+      for (int i = 0; i < down.n_segments; ++i) {
+        main.blocks_ahead += static_cast<int32_t>(down.segments[i].w.n_panels);
+      }
+    }
     for (const RowsJob& job : narrow) {
       if (launching()) launch_rows(job, gpu_);
     }

@@ -141,6 +141,9 @@ struct PackedJob {
   // threads, and only says how. matvec_rounds() says which norms and roundings.
   RowsJob before;
   int64_t rows;
+  // Of one row: what makes the parts of every `narrow` is the kernel ahead, with so many blocks of
+  // threads, and began when all that is needed otherwise was there. Only h waits for it.
+  int32_t blocks_ahead;
   int32_t n_segments;
   PackedSegment segments[kMaxLinears];
 };

@@ -100,15 +100,20 @@ struct Stream {
     codes += kCount * kCodes;
     scales += kCount * w_step;
   }
+  // One row from another kernel: as load_columns() (row_block.cuh).
+  template <typename T>
+  __device__ static T load_near(const T* from) {
+    return S::kTokens == 1 && !kNear ? __ldcg(from) : *from;
+  }
   __device__ void load_tokens(int i, Tokens& to) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      to.b[tile] = *reinterpret_cast<const uint4*>(x[tile] + i * kStep);
+      to.b[tile] = load_near(reinterpret_cast<const uint4*>(x[tile] + i * kStep));
 #pragma unroll
       for (int j = 0; j < kScales; ++j) {
         const float* from = x_scales + i * x_step + j * x_half + tile * 8;
         if constexpr (S::kTokens == 1) {
-          to.scales[j][tile].x = *from;
+          to.scales[j][tile].x = load_near(from);
         } else {
           to.scales[j][tile] = *reinterpret_cast<const float2*>(from);
         }
@@ -332,20 +337,26 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
     prefetch_share(job.segments[which].w, panel, S::kWarps * S::kUnroll / 2);
     if (job.segments[which].b.n_panels > 0) prefetch_share(job.segments[which].b, panel, 0);
   }
+  bool h_is_late = kNearH && job.blocks_ahead > 0;
+  const auto begin = [&] { h_is_late ? place_next_kernel() : begin_kernel(); };
   if constexpr (S::kRoundsInput) {
     float4 gains[kInputStretches];
     load_gains(job.before, warp * kInputStretches * 128 + lane * 4, gains);
-    begin_kernel();
+    begin();
     round_input(job.before, gains, input);
     __syncthreads();
   } else {
-    begin_kernel();
+    begin();
   }
   int h_of = -1;  // the segment whose h is near
   for (int turn = 0;; turn ^= 1) {
     const PackedSegment& segment = job.segments[which];
     float sums[S::kSums] = {};
     residual.run(n_blocks, loads, sums);
+    if (h_is_late) {
+      await_kernel();
+      h_is_late = false;
+    }
     if (segment.b.n_panels > 0) {
       const RoundedRows h = kNearH ? near_row(segment.h, near_h) : segment.h;
       if (kNearH && h_of != which) {
@@ -405,8 +416,9 @@ void launch_shape(const PackedJob& job, const Gpu& gpu) {
   }
   const int64_t n_panels = count_panels(job);
   const int64_t first_wave = S::kResident * gpu.facts.n_sms;
-  // A row that has been rounded serves several panels.
-  const int64_t n_blocks = S::kRoundsInput ? std::min(n_panels, first_wave) : n_panels;
+  // A row that has been rounded serves several panels. The kernel ahead may still be there.
+  const int64_t room = first_wave - std::min<int64_t>(job.blocks_ahead, first_wave / 2);
+  const int64_t n_blocks = S::kRoundsInput ? std::min(n_panels, room) : n_panels;
   launch_kernel(gpu, "packed matvec", packed_matvec_kernel<S>,
                 dim3(static_cast<unsigned>(n_blocks)), dim3(S::kWarps * kWarp), bytes, job,
                 static_cast<int>(first_wave));
