@@ -239,7 +239,7 @@ struct Head {
         squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
       }
       const double mean = warp_sum(squares) / static_cast<double>(kDim);
-      const float factor = static_cast<float>(1.0 / sqrt(mean + static_cast<double>(job.eps)));
+      const float factor = norm_factor(mean, job.eps);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) x[i] = x[i] * factor * gains[i];
     }

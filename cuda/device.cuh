@@ -87,6 +87,11 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
+/// 1 / sqrt(mean + eps), the factor of a norm; of a double, whose error is lost in the float.
+__device__ inline float norm_factor(double mean, float eps) {
+  return static_cast<float>(rsqrt(mean + static_cast<double>(eps)));
+}
+
 /// One element of a matrix in the file's layout.
 __device__ inline float canonical_at(const CanonicalView& w, int64_t row, int64_t col) {
   const uint8_t* data = w.data + row * w.row_bytes;

@@ -135,7 +135,7 @@ __global__ void heads_kernel(const __grid_constant__ HeadsJob job) {
       squares += static_cast<double>(v[i]) * static_cast<double>(v[i]);
     }
     const double mean = warp_sum(squares) / static_cast<double>(job.head_dim);
-    const float factor = static_cast<float>(1.0 / sqrt(mean + static_cast<double>(job.eps)));
+    const float factor = norm_factor(mean, job.eps);
     for (int64_t i = lane; i < job.head_dim; i += kWarp) v[i] = v[i] * factor * gain[i];
     __syncwarp();
   }
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const __grid_constant
       if (lane % kHeadsOfLane == h) my_squares = squares;
     }
     const double mean = my_squares / kDim;
-    my_factor = static_cast<float>(1.0 / sqrt(mean + static_cast<double>(job.eps)));
+    my_factor = norm_factor(mean, job.eps);
   }
 #pragma unroll
   for (int h = 0; h < kHeadsOfLane; ++h) {

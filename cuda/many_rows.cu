@@ -40,9 +40,7 @@ __global__ void __launch_bounds__(1024) norm_kernel(const __grid_constant__ Rows
   float x[kCount][4];
   load_columns(job, row, col, x);
   if (job.gain) {
-    float4 gains[kCount];
-    load_gains(job, col, gains);
-    norm_columns(job, gains, x);
+    norm_columns(job, NormInput<kCount>(job, col), x);
     if (job.normed) store_columns(job, row, col, x, job.normed);
   }
   if (job.bits >= 16) return;

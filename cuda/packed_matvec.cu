@@ -261,7 +261,7 @@ constexpr int kMaxInput = 8 * kInputStretches * 128;
 constexpr int kMaxNarrow = 256;
 
 /// The input row: norm and rounding. By a block of threads.
-__device__ void round_input(const RowsJob& before, const float4 (&gains)[kInputStretches],
+__device__ void round_input(const RowsJob& before, const NormInput<kInputStretches>& norm,
                             const RoundedRows& to) {
   RowsJob job = short_job(before, to);
   job.n_parts = 1;
@@ -269,7 +269,7 @@ __device__ void round_input(const RowsJob& before, const float4 (&gains)[kInputS
   const int col = stretch * 128 + threadIdx.x % kWarp * 4;
   float x[kInputStretches][4], unit = 0;
   load_columns(job, 0, col, x);
-  if (job.gain) norm_columns(job, gains, x);
+  if (job.gain) norm_columns(job, norm, x);
   if (job.level_group > 0) {
     unit = store_unit(job, 0, __uint_as_float(block_max(__float_as_uint(largest_of(x)))));
   }
@@ -340,10 +340,9 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
   bool h_is_late = kNearH && job.blocks_ahead > 0;
   const auto begin = [&] { h_is_late ? place_next_kernel() : begin_kernel(); };
   if constexpr (S::kRoundsInput) {
-    float4 gains[kInputStretches];
-    load_gains(job.before, warp * kInputStretches * 128 + lane * 4, gains);
+    const NormInput<kInputStretches> norm(job.before, warp * kInputStretches * 128 + lane * 4);
     begin();
-    round_input(job.before, gains, input);
+    round_input(job.before, norm, input);
     __syncthreads();
   } else {
     begin();

@@ -17,27 +17,28 @@ struct GroupScale {
   // the greatest x and -x, not below 0, for asymmetric ones.
   __device__ GroupScale(const RowsJob& job, float largest, float first, float above, float below) {
     const float half = static_cast<float>(1 << (job.bits - 1));
-    high = half - 1;
-    if (job.act_codes == ActCodes::kAsymmetric) {
-      const float steps = 2 * half - 1;
+    const bool asymmetric = job.act_codes == ActCodes::kAsymmetric;
+    float range, steps;  // what the codes reach over, and how many
+    if (asymmetric) {
       below *= job.clip;
-      const float range = isnan(largest) ? largest : above * job.clip + below;
-      inverse = range > 0 ? steps / range : 0.0f;
+      range = isnan(largest) ? largest : above * job.clip + below;
+      steps = 2 * half - 1;
+    } else if (job.act_codes == ActCodes::kAll) {
+      range = -(first * job.clip);
+      steps = half;
+    } else {
+      range = largest * job.clip;
+      steps = half - 1;
+    }
+    scale = range / steps;
+    inverse = range < 0 || range > 0 ? steps / range : 0.0f;  // 0 for NaN
+    low = -steps;
+    high = half - 1;
+    if (asymmetric) {
       const float place = below * inverse;
       const float zero = ((place < steps ? place : steps) + kRoundMagic) - kRoundMagic;
-      scale = range / steps;
       low = -zero;
       high = steps - zero;
-    } else if (job.act_codes == ActCodes::kAll) {
-      const float a = first * job.clip;
-      scale = -a / half;
-      low = -half;
-      inverse = a < 0 || a > 0 ? half / -a : 0.0f;
-    } else {
-      const float amax = largest * job.clip;
-      scale = amax / (half - 1);
-      low = 1 - half;
-      inverse = amax > 0 ? (half - 1) / amax : 0.0f;
     }
   }
   // Two-level scales, as cpu/round_scale.h has them: a multiple of `unit`, unless that is 0.

@@ -188,38 +188,35 @@ __device__ void round_block(const RowsJob& job, int64_t row, float thread_larges
   round_padding(job, row);
 }
 
-// 1 / rms of the row; the double arithmetic of one warp, not of all.
-__device__ inline float norm_factor(const RowsJob& job, double squares) {
-  __shared__ double sums[kWarp];
-  __shared__ float factor;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  squares = warp_sum(squares);
-  if (lane == 0) sums[warp] = squares;
-  __syncthreads();
-  if (warp == 0) {
-    const double total = warp_sum(lane < blockDim.x / kWarp ? sums[lane] : 0.0);
-    const double mean = total / static_cast<double>(job.cols);
-    if (lane == 0) factor = static_cast<float>(1.0 / sqrt(mean + static_cast<double>(job.eps)));
-  }
-  __syncthreads();
-  return factor;
-}
-
-// The gains of a thread's columns, which no kernel writes.
+// What a norm of a thread's columns needs and no kernel writes.
 template <int kCount>
-__device__ void load_gains(const RowsJob& job, int col, float4 (&gains)[kCount]) {
+struct NormInput {
+  float4 gains[kCount];
+  double inverse_cols;  // 1 / columns of a row
+  __device__ NormInput(const RowsJob& job, int col) : inverse_cols(1.0 / job.cols) {
 #pragma unroll
-  for (int s = 0; s < kCount; ++s) {
-    gains[s] = make_float4(0, 0, 0, 0);
-    if (job.gain && col + s * 128 < job.cols) {
-      gains[s] = *reinterpret_cast<const float4*>(job.gain + col + s * 128);
+    for (int s = 0; s < kCount; ++s) {
+      gains[s] = make_float4(0, 0, 0, 0);
+      if (job.gain && col + s * 128 < job.cols) {
+        gains[s] = *reinterpret_cast<const float4*>(job.gain + col + s * 128);
+      }
     }
   }
+};
+
+// Sum over a block of threads; every thread gets it. Once in a kernel.
+__device__ inline double block_sum(double value) {
+  __shared__ double sums[kWarp];
+  const int lane = threadIdx.x % kWarp;
+  value = warp_sum(value);
+  if (lane == 0) sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return warp_sum(lane < blockDim.x / kWarp ? sums[lane] : 0.0);
 }
 
 // x / rms(x) * gain.
 template <int kCount>
-__device__ void norm_columns(const RowsJob& job, const float4 (&gains)[kCount],
+__device__ void norm_columns(const RowsJob& job, const NormInput<kCount>& norm,
                              float (&x)[kCount][4]) {
   double squares = 0;
 #pragma unroll
@@ -229,13 +226,13 @@ __device__ void norm_columns(const RowsJob& job, const float4 (&gains)[kCount],
       squares += static_cast<double>(x[s][i]) * static_cast<double>(x[s][i]);
     }
   }
-  const float factor = norm_factor(job, squares);
+  const float factor = norm_factor(block_sum(squares) * norm.inverse_cols, job.eps);
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
-    x[s][0] = x[s][0] * factor * gains[s].x;
-    x[s][1] = x[s][1] * factor * gains[s].y;
-    x[s][2] = x[s][2] * factor * gains[s].z;
-    x[s][3] = x[s][3] * factor * gains[s].w;
+    x[s][0] = x[s][0] * factor * norm.gains[s].x;
+    x[s][1] = x[s][1] * factor * norm.gains[s].y;
+    x[s][2] = x[s][2] * factor * norm.gains[s].z;
+    x[s][3] = x[s][3] * factor * norm.gains[s].w;
   }
 }
 

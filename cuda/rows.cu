@@ -32,15 +32,6 @@ __device__ inline float silu(float x) {
   return x / (1.0f + expf(-x));
 }
 
-// Sum over the block of threads; every thread gets it.
-__device__ double block_sum(double value, double* scratch) {
-  value = warp_sum(value);
-  const int lane = threadIdx.x % kWarp;
-  if (lane == 0) scratch[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  return warp_sum(lane < blockDim.x / kWarp ? scratch[lane] : 0.0);
-}
-
 // Elements [at, at + kCount) on their way into shared memory, element i there; the sum of their
 // squares. Not `own`: another block's, wanted for the squares only.
 template <int kCount>
@@ -76,7 +67,6 @@ template <bool kTransform>
 __global__ void __launch_bounds__(1024)
     rows_kernel(const __grid_constant__ RowsJob job, int chunk) {
   extern __shared__ float v[];  // columns [begin, end)
-  __shared__ double sums[kWarp];
   const int64_t row = blockIdx.x, first = row * job.cols;
   const int cols = static_cast<int>(job.cols);
   const int begin = blockIdx.y * chunk, end = min(begin + chunk, cols);
@@ -104,8 +94,8 @@ __global__ void __launch_bounds__(1024)
     }
   }
   if (job.gain) {
-    const double mean = block_sum(squares, sums) / static_cast<double>(job.cols);
-    const float factor = static_cast<float>(1.0 / sqrt(mean + static_cast<double>(job.eps)));
+    const double mean = block_sum(squares) / static_cast<double>(job.cols);
+    const float factor = norm_factor(mean, job.eps);
     for (int i = first_col; i < end; i += blockDim.x) {
       const float gain = i == first_col ? first_gain : job.gain[i];
       const float x = v[padded_index(i - begin)] * factor * gain;
@@ -130,7 +120,7 @@ __global__ void __launch_bounds__(1024)
   round_row(job, row, begin, end, [&](int i) { return v[padded_index(i - begin)]; });
 }
 
-constexpr int kCluster = 8;
+constexpr int kCluster = 8, kStretchesOfBlock = 4;
 
 // Barrier of a cluster of blocks of threads, in two halves: what is written before the first half
 // is seen behind the second.
@@ -166,30 +156,47 @@ __device__ uint32_t cluster_max(uint32_t value) {
   return value;
 }
 
-// Two-level scales of a row that nothing but loading comes before; a thread has four columns.
-__global__ void __launch_bounds__(1024) level_kernel(const __grid_constant__ RowsJob job) {
-  arrive_at_cluster();  // no block's memory is written before it is there
+// A row that nothing but loading comes before, shared out; a thread has four columns. kLevels:
+// two-level scales; the row's blocks of threads are a cluster.
+template <bool kLevels>
+__global__ void __launch_bounds__(1024) stretch_kernel(const __grid_constant__ RowsJob job) {
+  if constexpr (kLevels) arrive_at_cluster();  // no block's memory is written before it is there
   begin_kernel();
   const int64_t row = blockIdx.y;
   const int stretch = (blockIdx.x * blockDim.x + threadIdx.x) / kWarp;
   const int col = stretch * 128 + threadIdx.x % kWarp * 4;
-  float x[1][4];
+  float x[1][4], unit = 0;
   load_columns(job, row, col, x);
-  wait_for_cluster();
-  const uint32_t largest = cluster_max(__float_as_uint(largest_of(x)));
-  const float unit = level_unit(job, __uint_as_float(largest));
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    job.rounded.scales[scale_offset(job.rounded, row, 0)] = unit;
+  if constexpr (kLevels) {
+    wait_for_cluster();
+    const uint32_t largest = cluster_max(__float_as_uint(largest_of(x)));
+    unit = level_unit(job, __uint_as_float(largest));
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      job.rounded.scales[scale_offset(job.rounded, row, 0)] = unit;
+    }
   }
   round_stretches(job, row, stretch, unit, StretchPlace(job.rounded, row), x);
 }
 
-// Shorter rows are rounded by the product that reads them (packed_matvec.cu), or soon enough by one
-// block.
-bool takes_levels(const RowsJob& job, const Gpu& gpu) {
-  return gpu.facts.major >= 9 && job.rows <= kMatvecRows && job.level_group > 0 && job.bits < 16 &&
-         job.block == 0 && !job.gain && !job.expanded && whole_stretches(job) &&
-         job.cols % 128 == 0 && job.cols > 4096 && job.cols <= kCluster * 4096;
+// Rows that are shared out. With two-level scales, shorter ones are rounded by the product that
+// reads them (packed_matvec.cu), or soon enough by one block.
+bool takes_stretches(const RowsJob& job, const Gpu& gpu) {
+  if (job.rows > kMatvecRows || job.bits >= 16 || job.block > 0 || job.gain || job.expanded ||
+      !whole_stretches(job) || job.cols % 128 != 0) {
+    return false;
+  }
+  return job.level_group == 0 ||
+         (gpu.facts.major >= 9 && job.cols > 4096 && job.cols <= kCluster * 4096);
+}
+
+void launch_stretches(const RowsJob& job, const Gpu& gpu) {
+  const bool levels = job.level_group > 0;
+  const int64_t n_stretches = job.cols / 128;
+  const int64_t of_block = levels ? (n_stretches + kCluster - 1) / kCluster : kStretchesOfBlock;
+  const int64_t n_blocks = levels ? kCluster : (n_stretches + of_block - 1) / of_block;
+  launch_clusters(gpu, "rows", levels ? stretch_kernel<true> : stretch_kernel<false>,
+                  dim3(static_cast<unsigned>(n_blocks), static_cast<unsigned>(job.rows)),
+                  dim3(static_cast<unsigned>(of_block * kWarp)), 0, levels ? kCluster : 1, job);
 }
 
 constexpr int kPlaces = 128, kBaseWarps = 12;
@@ -244,12 +251,7 @@ void launch_rows(const RowsJob& job, const Gpu& gpu) {
   TQ_CHECK(job.block == 0 || job.transformed, "a transformed row needs a place");
   if (job.rows == 0) return;
   if (job.rows > kMatvecRows && launch_many_rows(job, gpu)) return;
-  if (takes_levels(job, gpu)) {
-    const int64_t stretches = (job.cols / 128 + kCluster - 1) / kCluster;
-    launch_clusters(gpu, "rows", level_kernel, dim3(kCluster, static_cast<unsigned>(job.rows)),
-                    dim3(static_cast<unsigned>(stretches * kWarp)), 0, kCluster, job);
-    return;
-  }
+  if (takes_stretches(job, gpu)) return launch_stretches(job, gpu);
   // Few rows are latency: several blocks share one, where no block needs what another one writes.
   const bool whole_groups = job.bits >= 16 || job.rounded.group <= 128;
   const bool in_place = job.gain && (job.term || job.up || job.normed == job.x);
