@@ -35,6 +35,7 @@ template <int kTokens_, bool kRoundsInput_, bool kGroups32_, int kUnroll_, int k
 struct Shape {
   static constexpr int kTokens = kTokens_, kTiles = (kTokens + 7) / 8, kUnroll = kUnroll_;
   static constexpr bool kRoundsInput = kRoundsInput_;
+  static constexpr int kBegun = kTokens == 1 ? 2 : 1;  // loads under way before the kernel's turn
   // Warps of a block of threads, and how many blocks a multiprocessor has room for.
   static constexpr int kWarps = 8, kResident = kResident_;
   static constexpr int kScales = kGroups32_ ? 2 : 1;           // of a block of 64 columns
@@ -97,23 +98,22 @@ struct Stream {
 #pragma unroll
       for (int j = 0; j < kScales; ++j) to.scales[i][j] = scales[i * w_step + j * w_half];
     }
-    codes += kCount * kCodes;
-    scales += kCount * w_step;
+    skip_weights<kCount>();
   }
-  // One row from another kernel: as load_columns() (row_block.cuh).
-  template <typename T>
-  __device__ static T load_near(const T* from) {
-    return S::kTokens == 1 && !kNear ? __ldcg(from) : *from;
+  template <int kCount>
+  __device__ void skip_weights() {
+    codes += kCount * (kWarps / 2 * kSetCodes);
+    scales += kCount * w_step;
   }
   __device__ void load_tokens(int i, Tokens& to) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      to.b[tile] = load_near(reinterpret_cast<const uint4*>(x[tile] + i * kStep));
+      to.b[tile] = *reinterpret_cast<const uint4*>(x[tile] + i * kStep);
 #pragma unroll
       for (int j = 0; j < kScales; ++j) {
         const float* from = x_scales + i * x_step + j * x_half + tile * 8;
         if constexpr (S::kTokens == 1) {
-          to.scales[j][tile].x = load_near(from);
+          to.scales[j][tile].x = *from;
         } else {
           to.scales[j][tile] = *reinterpret_cast<const float2*>(from);
         }
@@ -180,21 +180,26 @@ struct Stream {
   __device__ static int count(int n) {
     return (2 * n - static_cast<int>(threadIdx.x / kWarp) + kWarps - 1) / kWarps;
   }
-  /// The weights of the first of the warp's n blocks, if they fill `to`.
-  __device__ void begin(int n, Loads& to) {
-    if (n >= S::kUnroll) load_weights<S::kUnroll>(to);
+  /// The weights of the first of the warp's n blocks, as far as they fill `loads`.
+  __device__ void begin(int n, Loads (&loads)[2]) {
+    if (n >= S::kUnroll) load_weights<S::kUnroll>(loads[0]);
+    if (S::kBegun == 2 && n >= 2 * S::kUnroll) load_weights<S::kUnroll>(loads[1]);
   }
-  /// All n blocks of the warp, after begin(n, loads[0]).
+  /// All n blocks of the warp, after begin(n, loads).
   __device__ void run(int n, Loads (&loads)[2], float (&sums)[S::kSums]) {
     constexpr int kUnroll = S::kUnroll;
     int left = n / kUnroll;
     if (left > 0) load_all_tokens<kUnroll>(loads[0]);
+    if (left > 1) {
+      if constexpr (S::kBegun < 2) load_weights<kUnroll>(loads[1]);
+      load_all_tokens<kUnroll>(loads[1]);
+    }
     for (; left > 0; left -= 2) {
-      if (left > 1) load<kUnroll>(loads[1]);
       multiply<kUnroll>(loads[0], sums);
-      if (left == 1) break;
       if (left > 2) load<kUnroll>(loads[0]);
+      if (left == 1) break;
       multiply<kUnroll>(loads[1], sums);
+      if (left > 3) load<kUnroll>(loads[1]);
     }
 #pragma unroll 1
     for (int i = n % kUnroll; i > 0; --i) {
@@ -322,23 +327,33 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
   };
   find_segment();
   typename Columns::Loads loads[2];
-  int n_blocks;  // of 64 columns, of the warp
+  int n_blocks, n_more;                // of 64 columns of R and of B, of the warp
+  typename LowRank::Loads more_loads;  // the first one of B, of one token
   const auto start = [&] {
     const PackedSegment& segment = job.segments[which];
     const int all = static_cast<int>(segment.w.padded_cols / kBlockCols);
     n_blocks = Columns::count(segment.n_blocks > 0 ? segment.n_blocks : all);
     Columns columns(segment.w, input, panel, segment.first_block, rows);
-    columns.begin(n_blocks, loads[0]);
+    columns.begin(n_blocks, loads);
+    n_more = LowRank::count(static_cast<int>(segment.b.padded_cols / kBlockCols));
+    if (kNearH && n_more > 0) {
+      LowRank(segment.b, near_row(segment.h, near_h), panel, 0, rows)
+          .template load_weights<1>(more_loads);
+    }
     return columns;
   };
   Columns residual = start();
   // While the kernel ahead is at work the memory may be idle.
   if (warp == 0 && static_cast<int>(blockIdx.x) < first_wave) {
-    prefetch_share(job.segments[which].w, panel, S::kWarps * S::kUnroll / 2);
+    prefetch_share(job.segments[which].w, panel, S::kWarps * S::kUnroll * S::kBegun / 2);
     if (job.segments[which].b.n_panels > 0) prefetch_share(job.segments[which].b, panel, 0);
   }
   bool h_is_late = kNearH && job.blocks_ahead > 0;
-  const auto begin = [&] { h_is_late ? place_next_kernel() : begin_kernel(); };
+  const auto begin = [&] {
+    if (!h_is_late) return begin_kernel();
+    place_next_kernel();
+    __threadfence();  // nothing old is left in the first-level cache
+  };
   if constexpr (S::kRoundsInput) {
     const NormInput<kInputStretches> norm(job.before, warp * kInputStretches * 128 + lane * 4);
     begin();
@@ -364,8 +379,12 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
         __syncthreads();
       }
       LowRank low_rank(segment.b, h, panel, 0, rows);
-      const int n_more = static_cast<int>(segment.b.padded_cols / kBlockCols);
-      low_rank.run_singly(LowRank::count(n_more), sums);
+      if (kNearH && n_more > 0) {
+        low_rank.template skip_weights<1>();
+        low_rank.template multiply<1>(more_loads, sums);
+        --n_more;
+      }
+      low_rank.run_singly(n_more, sums);
     }
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) {

@@ -49,8 +49,7 @@ __device__ void store_columns(const RowsJob& job, int64_t row, int col, const fl
 }
 
 // Four columns, `col` and the next three, of each of kCount neighbouring stretches on their way in;
-// 0 behind the end of the row. Past the first-level cache: nobody reads them twice, and a kernel
-// that has not waited for the one ahead may find old ones there.
+// 0 behind the end of the row.
 template <int kCount>
 __device__ void load_columns(const RowsJob& job, int64_t row, int col, float (&x)[kCount][4]) {
   const int64_t at = row * job.cols + col;
@@ -60,7 +59,7 @@ __device__ void load_columns(const RowsJob& job, int64_t row, int col, float (&x
 #pragma unroll
     for (int s = 0; s < kCount; ++s) {
       more[s] = make_float4(0, 0, 0, 0);
-      if (s * 128 < left) more[s] = __ldcg(reinterpret_cast<const float4*>(from + at + s * 128));
+      if (s * 128 < left) more[s] = *reinterpret_cast<const float4*>(from + at + s * 128);
     }
   };
   const auto add = [&] {
