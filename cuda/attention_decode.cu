@@ -15,6 +15,7 @@
 //           tests/test_cuda_ops.cpp
 // Source    online softmax (Milakov and Gimelshein 2018), flash-decoding (Dao et al. 2023)
 #include <algorithm>
+#include <bit>
 
 #include "cuda/attention_merge.cuh"
 #include "model/error.h"
@@ -25,6 +26,7 @@ namespace {
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 constexpr int kKeys = 4;             // of a slot a step
 constexpr int64_t kMinStretch = 32;  // keys of a block
+constexpr int64_t kClusterKeys = 4096;
 
 // Coordinates [8 chunk, 8 chunk + 8) of a cached vector as they are stored: asked for long before
 // they are needed, and as small as possible until then.
@@ -102,10 +104,10 @@ __global__ void __launch_bounds__(kThreads)
   const int n_heads = static_cast<int>(job.n_heads), n_splits = static_cast<int>(job.n_splits);
   const int group_size = n_heads / static_cast<int>(cache.n_kv_heads);
   const int query_blocks = (group_size + kQueries - 1) / kQueries;
-  const int kv_head = static_cast<int>(blockIdx.x) / query_blocks;
-  const int first_query = (static_cast<int>(blockIdx.x) - kv_head * query_blocks) * kQueries;
+  const int kv_head = static_cast<int>(blockIdx.y) / query_blocks;
+  const int first_query = (static_cast<int>(blockIdx.y) - kv_head * query_blocks) * kQueries;
   const int n_queries = min(kQueries, group_size - first_query);
-  const int split = blockIdx.y, row = blockIdx.z;
+  const int split = blockIdx.x, row = blockIdx.z;
   const int n_keys = job.input->pos0 + row + 1;
   const int stretch = (n_keys + n_splits - 1) / n_splits;
   const int begin = split * stretch, end = min(begin + stretch, n_keys);
@@ -248,8 +250,9 @@ void launch_bits(const AttentionJob& job, const Gpu& gpu) {
   const int64_t n_queries = group_size == 1 ? 1 : kMaxQueries;
   const auto kernel = group_size == 1 ? decode_kernel<kBits, 1> : decode_kernel<kBits, kMaxQueries>;
   const dim3 grid(
+      static_cast<unsigned>(job.n_splits),
       static_cast<unsigned>(job.cache.n_kv_heads * ((group_size + n_queries - 1) / n_queries)),
-      static_cast<unsigned>(job.n_splits), static_cast<unsigned>(job.rows));
+      static_cast<unsigned>(job.rows));
   launch_kernel(gpu, "attention", kernel, grid, dim3(kThreads), 0, job, lanes);
 }
 
@@ -262,8 +265,12 @@ int64_t attention_splits(const CacheView& cache, int64_t rows, int64_t max_keys,
   const int64_t min_stretch = f16 ? 2 * kMinStretch : kMinStretch;
   const int64_t wanted =
       (f16 ? 3 : 4) * gpu.facts.n_sms / std::max<int64_t>(1, rows * cache.n_kv_heads);
-  return std::clamp<int64_t>(
+  const int64_t n_splits = std::clamp<int64_t>(
       wanted, 1, std::min<int64_t>(kMaxSplits, (max_keys + min_stretch - 1) / min_stretch));
+  // A cluster of blocks merges sooner; of more keys the memory is what takes time.
+  const bool clusters = f16 && gpu.facts.major >= 9 && max_keys <= kClusterKeys;
+  return clusters ? std::bit_floor(static_cast<uint64_t>(std::min(n_splits, kMostOfCluster)))
+                  : n_splits;
 }
 
 int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits) {

@@ -14,6 +14,8 @@
 // Requires  head_dim 64 or 128
 // Error     scores 2^-22 |q||k| scale beside f32 sums, weights 2^-22; tests/test_cuda_ops.cpp
 // Source    online softmax (Milakov and Gimelshein 2018), flash-decoding (Dao et al. 2023)
+#include <bit>
+
 #include "cuda/attention_merge.cuh"
 #include "cuda/mma.cuh"
 #include "model/error.h"
@@ -101,6 +103,18 @@ struct Keys {
       for (int i = 0; i < kDim / 32; ++i) words[row][i] = __ldcs(from + lane % 4 + 4 * i);
     }
   }
+  // Puts in the key at `place`, which was not in the cache yet.
+  __device__ void put(const __half* newest, int place, int first, int end) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      if (min(first + lane / 4 + row * 8, end - 1) != place) continue;
+#pragma unroll
+      for (int i = 0; i < kDim / 32; ++i) {
+        words[row][i] = reinterpret_cast<const uint4*>(newest)[lane % 4 + 4 * i];
+      }
+    }
+  }
   // Scores of keys l / 4 (0, 1) and l / 4 + 8 (2, 3) with queries 2 (l % 2) and the next.
   __device__ void multiply(const Queries<kDim>& q, float (&scores)[4]) const {
 #pragma unroll
@@ -136,6 +150,17 @@ struct Values {
       const uint4* from = reinterpret_cast<const uint4*>(cache.values + (base + key) * (kDim * 2));
 #pragma unroll
       for (int j = 0; j < kWords; ++j) words[i][j] = __ldcs(from + lane / 4 + 8 * j);
+    }
+  }
+  __device__ void put(const __half* newest, int place, int first, int end) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (min(first + lane % 4 * 2 + i % 2 + i / 2 * 8, end - 1) != place) continue;
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        words[i][j] = reinterpret_cast<const uint4*>(newest)[lane / 4 + 8 * j];
+      }
     }
   }
   // Coordinate of row l / 4 (+ 8) of tile j.
@@ -253,8 +278,15 @@ struct Head {
   }
 };
 
+// What OneRow leaves in shared memory.
+template <int kDim>
+struct alignas(16) NearRow {
+  float queries[kMaxQueries][kDim];
+  __half key[kDim], value[kDim];  // the newest
+};
+
 // Of the step's one row: query head `warp` of the block to shared memory, and the newest key and
-// value to the cache, by the block whose stretch they belong to.
+// value there and to the cache, by the block whose stretch they belong to.
 template <int kDim>
 struct OneRow {
   Head<kDim> query, key;
@@ -264,7 +296,7 @@ struct OneRow {
     key.load_constants(job, job.k_gain, pos);
   }
   __device__ void run(const HeadsJob& job, int64_t first_head, int n_queries, int kv_head, int pos,
-                      bool newest, bool wanted, float (*queries)[kDim]) {
+                      bool newest, bool wanted, NearRow<kDim>& near) {
     const int warp = threadIdx.x / kWarp;
     const bool with_key = newest && warp == kWarps - 1, with_value = newest && warp == 0;
     Head<kDim> value;
@@ -276,27 +308,77 @@ struct OneRow {
       key.turn(job, job.k_gain);
       if (wanted) key.store(job.k + kv_head * kDim);
       key.store(reinterpret_cast<__half*>(job.cache.keys) + place);
+      key.store(near.key);
     }
-    if (with_value) value.store(reinterpret_cast<__half*>(job.cache.values) + place);
+    if (with_value) {
+      value.store(reinterpret_cast<__half*>(job.cache.values) + place);
+      value.store(near.value);
+    }
     if (warp < n_queries) {
       query.turn(job, job.q_gain);
-      query.store(queries[warp]);
+      query.store(near.queries[warp]);
     }
     __syncthreads();
   }
 };
 
+// Stretches become one result inside their cluster: every block is sent its share of the outputs
+// of all. `item`: query * kDim + coordinate.
 template <int kDim>
+struct ClusterMerge {
+  float tops[kMostOfCluster][kMaxQueries], sums[kMostOfCluster][kMaxQueries];  // [stretch][query]
+  float outs[kMaxQueries * kDim];  // [stretch][item of this block's share]
+  float weights[kMostOfCluster][kMaxQueries], totals[kMaxQueries];
+
+  __device__ void send_out(int n_queries, int item, float out) {
+    const int share = n_queries * kDim / gridDim.x;
+    store_in_cluster(outs + blockIdx.x * share + item % share, item / share, out);
+  }
+  __device__ void send_top(int query, float top, float sum) {
+    for (int rank = 0; rank < gridDim.x; ++rank) {
+      store_in_cluster(&tops[blockIdx.x][query], rank, top);
+      store_in_cluster(&sums[blockIdx.x][query], rank, sum);
+    }
+  }
+  /// When all have sent. out: of the first query.
+  __device__ void merge(int n_queries, float* out) {
+    const int n = gridDim.x, share = n_queries * kDim / n;
+    const int lane = threadIdx.x % kWarp, query = threadIdx.x / kWarp;
+    static_assert(kWarps == kMaxQueries && kMostOfCluster <= kWarp);
+    if (query < n_queries) {
+      const float top = lane < n ? tops[lane][query] : -INFINITY, max = warp_max(top);
+      const float weight = top == -INFINITY ? 0.0f : exp2f(top - (max == -INFINITY ? 0.0f : max));
+      const float total = warp_sum(weight == 0.0f ? 0.0f : weight * sums[lane % n][query]);
+      if (lane < n) weights[lane][query] = weight;
+      if (lane == 0) totals[query] = total;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < share; i += kThreads) {
+      const int item = blockIdx.x * share + i;
+      float sum = 0;
+#pragma unroll 4
+      for (int stretch = 0; stretch < n; ++stretch) {
+        const float weight = weights[stretch][item / kDim];
+        sum = fmaf(weight == 0.0f ? 0.0f : outs[stretch * share + i], weight, sum);
+      }
+      out[item] = sum / totals[item / kDim];
+    }
+  }
+};
+
+// kClustered: the blocks of a row and key head are a cluster.
+template <int kDim, bool kClustered>
 __global__ void __launch_bounds__(kThreads, 3)
     f16_kernel(const __grid_constant__ AttentionJob job) {
+  if constexpr (kClustered) arrive_at_cluster();  // no block's memory is written before it is there
   const CacheView& cache = job.cache;
   const int n_heads = static_cast<int>(job.n_heads), n_splits = static_cast<int>(job.n_splits);
   const int group_size = n_heads / static_cast<int>(cache.n_kv_heads);
   const int query_blocks = (group_size + kMaxQueries - 1) / kMaxQueries;
-  const int kv_head = static_cast<int>(blockIdx.x) / query_blocks;
-  const int first_query = (static_cast<int>(blockIdx.x) - kv_head * query_blocks) * kMaxQueries;
+  const int kv_head = static_cast<int>(blockIdx.y) / query_blocks;
+  const int first_query = (static_cast<int>(blockIdx.y) - kv_head * query_blocks) * kMaxQueries;
   const int n_queries = min(kMaxQueries, group_size - first_query);
-  const int split = blockIdx.y, row = blockIdx.z;
+  const int split = blockIdx.x, row = blockIdx.z;
   const int64_t first_head = int64_t{row} * n_heads + kv_head * group_size + first_query;
   const int64_t base = kv_head * cache.ctx;
   // What the step reads (ops.h) was sent before its first kernel began, and keys of earlier steps
@@ -314,17 +396,22 @@ __global__ void __launch_bounds__(kThreads, 3)
     keys.load(cache, base, at, end);
     values.load(cache, base, at, end);
   };
-  const bool early = key < end && min(key + kKeys, end) <= pos0;
+  // Of one row the newest key and value are put in later.
+  const bool early = key < end && (job.heads.q || min(key + kKeys, end) <= pos0);
   if (early) load(key);
-  __shared__ alignas(16) float queries[kMaxQueries][kDim];
+  __shared__ NearRow<kDim> near;
   const float* from = job.q + first_head * kDim;
   if (job.heads.q) {
     OneRow<kDim> heads;
     heads.load_constants(job.heads, pos0);
     begin_kernel();
     const bool newest = begin <= pos0 && pos0 < end;
-    heads.run(job.heads, first_head, n_queries, kv_head, pos0, newest, job.heads_wanted, queries);
-    from = queries[0];
+    heads.run(job.heads, first_head, n_queries, kv_head, pos0, newest, job.heads_wanted, near);
+    from = near.queries[0];
+    if (newest) {
+      keys.put(near.key, pos0, key, end);
+      values.put(near.value, pos0, key, end);
+    }
   } else {
     begin_kernel();
   }
@@ -350,6 +437,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   __shared__ float tops[kWarps][kMaxQueries], sums[kWarps][kMaxQueries];
   __shared__ float outs[kWarps][kMaxQueries][kDim];
+  __shared__ ClusterMerge<kDim> merge;
+  if constexpr (kClustered) wait_for_cluster();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float sum = softmax.sum[i];
@@ -377,7 +466,10 @@ __global__ void __launch_bounds__(kThreads, 3)
       sum = fmaf(sums[i][query], weight, sum);
       out = fmaf(outs[i][query][at], weight, out);
     }
-    if (n_splits == 1) {
+    if constexpr (kClustered) {
+      merge.send_out(n_queries, item, out);
+      if (at == 0) merge.send_top(query, max, sum);
+    } else if (n_splits == 1) {
       job.out[(first_head + query) * kDim + at] = out / sum;
     } else {
       float* to = job.partials + ((first_head + query) * n_splits + split) * (kDim + 2);
@@ -385,11 +477,18 @@ __global__ void __launch_bounds__(kThreads, 3)
       to[2 + at] = out;
     }
   }
-  if (n_splits > 1 && !finish_stretch(job, first_head, n_queries)) return;
+  if constexpr (kClustered) {
+    arrive_at_cluster();
+    wait_for_cluster();
+    merge.merge(n_queries, job.out + first_head * kDim);
+    if (split > 0) return;
+  } else if (n_splits > 1 && !finish_stretch(job, first_head, n_queries)) {
+    return;
+  }
   // Every block has read q.
   if (!job.heads.q || !job.heads_wanted) return;
   for (int item = threadIdx.x; item < n_queries * kDim; item += kThreads) {
-    job.heads.q[first_head * kDim + item] = queries[item / kDim][item % kDim];
+    job.heads.q[first_head * kDim + item] = near.queries[item / kDim][item % kDim];
   }
 }
 
@@ -409,10 +508,17 @@ void launch_attention_f16(const AttentionJob& job, const Gpu& gpu) {
            (!job.heads.q || (job.heads.q == job.q && attention_takes_heads(job.heads))));
   const int64_t group_size = job.n_heads / job.cache.n_kv_heads;
   const int64_t query_blocks = (group_size + kMaxQueries - 1) / kMaxQueries;
-  const dim3 grid(static_cast<unsigned>(job.cache.n_kv_heads * query_blocks),
-                  static_cast<unsigned>(job.n_splits), static_cast<unsigned>(job.rows));
-  launch_kernel(gpu, "attention", job.cache.head_dim == 64 ? f16_kernel<64> : f16_kernel<128>, grid,
-                dim3(kThreads), 0, job);
+  const dim3 grid(static_cast<unsigned>(job.n_splits),
+                  static_cast<unsigned>(job.cache.n_kv_heads * query_blocks),
+                  static_cast<unsigned>(job.rows));
+  const bool narrow = job.cache.head_dim == 64;
+  const bool clustered = gpu.facts.major >= 9 && job.n_splits > 1 &&
+                         job.n_splits <= kMostOfCluster &&
+                         std::has_single_bit(uint64_t(job.n_splits));
+  const auto kernel = clustered ? (narrow ? f16_kernel<64, true> : f16_kernel<128, true>)
+                                : (narrow ? f16_kernel<64, false> : f16_kernel<128, false>);
+  launch_clusters(gpu, "attention", kernel, grid, dim3(kThreads), 0,
+                  clustered ? static_cast<unsigned>(job.n_splits) : 1, job);
 }
 
 }  // namespace tq::cuda

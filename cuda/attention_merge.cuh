@@ -80,7 +80,7 @@ __device__ inline bool finish_stretch(const AttentionJob& job, int64_t first, in
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    int32_t* counter = job.counters + blockIdx.z * gridDim.x + blockIdx.x;
+    int32_t* counter = job.counters + blockIdx.z * gridDim.y + blockIdx.y;
     is_last = atomicAdd(counter, 1) == job.n_splits - 1;
     if (is_last) *counter = 0;
   }

@@ -159,6 +159,32 @@ __device__ inline void begin_kernel() {
   place_next_kernel();
 }
 
+/// Barrier of a cluster of blocks of threads, in two halves: what is written before the first half
+/// is seen behind the second.
+__device__ inline void arrive_at_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+/// Four bytes to where `at` is in the shared memory of block `rank` of the cluster.
+template <typename T>
+__device__ void store_in_cluster(T* at, int rank, T value) {
+  static_assert(sizeof(T) == 4);
+#if __CUDA_ARCH__ >= 900
+  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.u32 [there], %2;\n}" ::"r"(own),
+      "r"(rank), "r"(reinterpret_cast<const uint32_t&>(value))
+      : "memory");
+#endif
+}
+
 /// Launches `kernel`. From compute capability 9.0 on, its blocks may be placed before the kernel
 /// ahead of it has ended (begin_kernel() waits): saves most of the gap between small kernels.
 /// cluster: how many neighbouring blocks share a cluster.
@@ -169,6 +195,10 @@ void launch_clusters(const Gpu& gpu, const char* name, void (*kernel)(Params...)
   if (shared_bytes > 24 << 10) {
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
+               name);
+  }
+  if (cluster > 8) {  // more than every GPU with clusters has
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
                name);
   }
   cudaLaunchConfig_t config = {};

@@ -206,6 +206,7 @@ struct AttentionJob {
   bool heads_wanted;  // somebody else reads heads.q and heads.k
 };
 constexpr int64_t kAttentionCounters = 1 << 16;
+constexpr int64_t kMostOfCluster = 16;  // blocks of threads that share a row by clusters
 /// Stretches that the keys of a row are cut in, for a timeline of up to max_keys.
 int64_t attention_splits(const CacheView& cache, int64_t rows, int64_t max_keys, const Gpu& gpu);
 int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits);

@@ -122,32 +122,12 @@ __global__ void __launch_bounds__(1024)
 
 constexpr int kCluster = 8, kStretchesOfBlock = 4;
 
-// Barrier of a cluster of blocks of threads, in two halves: what is written before the first half
-// is seen behind the second.
-__device__ inline void arrive_at_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-__device__ inline void wait_for_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
 // The greatest of a cluster; every thread gets it. All of its blocks are there.
 __device__ uint32_t cluster_max(uint32_t value) {
   value = block_max(value);
 #if __CUDA_ARCH__ >= 900
   __shared__ uint32_t of_blocks[kCluster];
-  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(of_blocks + blockIdx.x));
-  if (threadIdx.x < kCluster) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "st.shared::cluster.u32 [there], %2;\n}" ::"r"(own),
-        "r"(threadIdx.x), "r"(value)
-        : "memory");
-  }
+  if (threadIdx.x < kCluster) store_in_cluster(of_blocks + blockIdx.x, threadIdx.x, value);
   arrive_at_cluster();
   wait_for_cluster();
 #pragma unroll
