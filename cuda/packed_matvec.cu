@@ -35,7 +35,6 @@ template <int kTokens_, bool kRoundsInput_, bool kGroups32_, int kUnroll_, int k
 struct Shape {
   static constexpr int kTokens = kTokens_, kTiles = (kTokens + 7) / 8, kUnroll = kUnroll_;
   static constexpr bool kRoundsInput = kRoundsInput_;
-  static constexpr int kBegun = kTokens == 1 ? 2 : 1;  // loads under way before the kernel's turn
   // Warps of a block of threads, and how many blocks a multiprocessor has room for.
   static constexpr int kWarps = 8, kResident = kResident_;
   static constexpr int kScales = kGroups32_ ? 2 : 1;           // of a block of 64 columns
@@ -98,11 +97,7 @@ struct Stream {
 #pragma unroll
       for (int j = 0; j < kScales; ++j) to.scales[i][j] = scales[i * w_step + j * w_half];
     }
-    skip_weights<kCount>();
-  }
-  template <int kCount>
-  __device__ void skip_weights() {
-    codes += kCount * (kWarps / 2 * kSetCodes);
+    codes += kCount * kCodes;
     scales += kCount * w_step;
   }
   __device__ void load_tokens(int i, Tokens& to) const {
@@ -180,26 +175,21 @@ struct Stream {
   __device__ static int count(int n) {
     return (2 * n - static_cast<int>(threadIdx.x / kWarp) + kWarps - 1) / kWarps;
   }
-  /// The weights of the first of the warp's n blocks, as far as they fill `loads`.
-  __device__ void begin(int n, Loads (&loads)[2]) {
-    if (n >= S::kUnroll) load_weights<S::kUnroll>(loads[0]);
-    if (S::kBegun == 2 && n >= 2 * S::kUnroll) load_weights<S::kUnroll>(loads[1]);
+  /// The weights of the first of the warp's n blocks, if they fill `to`.
+  __device__ void begin(int n, Loads& to) {
+    if (n >= S::kUnroll) load_weights<S::kUnroll>(to);
   }
-  /// All n blocks of the warp, after begin(n, loads).
+  /// All n blocks of the warp, after begin(n, loads[0]).
   __device__ void run(int n, Loads (&loads)[2], float (&sums)[S::kSums]) {
     constexpr int kUnroll = S::kUnroll;
     int left = n / kUnroll;
     if (left > 0) load_all_tokens<kUnroll>(loads[0]);
-    if (left > 1) {
-      if constexpr (S::kBegun < 2) load_weights<kUnroll>(loads[1]);
-      load_all_tokens<kUnroll>(loads[1]);
-    }
     for (; left > 0; left -= 2) {
+      if (left > 1) load<kUnroll>(loads[1]);
       multiply<kUnroll>(loads[0], sums);
-      if (left > 2) load<kUnroll>(loads[0]);
       if (left == 1) break;
+      if (left > 2) load<kUnroll>(loads[0]);
       multiply<kUnroll>(loads[1], sums);
-      if (left > 3) load<kUnroll>(loads[1]);
     }
 #pragma unroll 1
     for (int i = n % kUnroll; i > 0; --i) {
@@ -334,7 +324,7 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
     const int all = static_cast<int>(segment.w.padded_cols / kBlockCols);
     n_blocks = Columns::count(segment.n_blocks > 0 ? segment.n_blocks : all);
     Columns columns(segment.w, input, panel, segment.first_block, rows);
-    columns.begin(n_blocks, loads);
+    columns.begin(n_blocks, loads[0]);
     n_more = LowRank::count(static_cast<int>(segment.b.padded_cols / kBlockCols));
     if (kNearH && n_more > 0) {
       LowRank(segment.b, near_row(segment.h, near_h), panel, 0, rows)
@@ -345,7 +335,7 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
   Columns residual = start();
   // While the kernel ahead is at work the memory may be idle.
   if (warp == 0 && static_cast<int>(blockIdx.x) < first_wave) {
-    prefetch_share(job.segments[which].w, panel, S::kWarps * S::kUnroll * S::kBegun / 2);
+    prefetch_share(job.segments[which].w, panel, S::kWarps * S::kUnroll / 2);
     if (job.segments[which].b.n_panels > 0) prefetch_share(job.segments[which].b, panel, 0);
   }
   bool h_is_late = kNearH && job.blocks_ahead > 0;
@@ -378,13 +368,15 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
         segment.narrow.bits < 16 ? round_narrow(segment.narrow, h) : copy_row(segment.h, h);
         __syncthreads();
       }
-      LowRank low_rank(segment.b, h, panel, 0, rows);
-      if (kNearH && n_more > 0) {
-        low_rank.template skip_weights<1>();
-        low_rank.template multiply<1>(more_loads, sums);
-        --n_more;
+      if (!kNearH) {
+        LowRank(segment.b, h, panel, 0, rows).run_singly(n_more, sums);
+      } else if (n_more > 0) {
+        LowRank(segment.b, h, panel, 0, rows).template multiply<1>(more_loads, sums);
+        if (n_more > 1) {
+          LowRank rest(segment.b, h, panel, S::kWarps / 2, rows);
+          rest.run_singly(n_more - 1, sums);
+        }
       }
-      low_rank.run_singly(n_more, sums);
     }
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) {
