@@ -171,7 +171,9 @@ class LinearsPlan {
     for (int i = 0; i < op_.n_linears; ++i) {
       n_branches += takes(*op_.linears[i], rounding) && op_.linears[i]->branch_a;
     }
-    const int64_t n_parts = n_branches == 0 ? 1 : kMaxLinears / n_branches;
+    const int64_t most_parts = n_branches == 0 ? 1 : kMaxLinears / n_branches;
+    // Blocks of 128 columns that a warp of the product of one row asks for at once.
+    const int64_t unit = op_.rows == 1 ? 16 : 1;
     for (int i = 0; i < op_.n_linears; ++i) {
       const CudaLinear& linear = *op_.linears[i];
       if (!takes(linear, rounding)) continue;
@@ -183,16 +185,19 @@ class LinearsPlan {
       const FragmentView& a = linear.branch_a->fragments();
       const int64_t n_blocks = a.padded_cols / kBlockCols;
       RowsJob job = plain_rows(nullptr, op_.rows, linear.rank());
-      job.n_parts = std::min(n_parts, n_blocks);
+      const int64_t n_units = (n_blocks + unit - 1) / unit;
+      job.n_parts = std::min(most_parts, n_units);
       float* h = arena_.take<float>(job.n_parts * op_.rows * linear.rank());
       job.x = h;
       for (int64_t part = 0; part < job.n_parts; ++part) {
         PackedSegment& factor = down.segments[down.n_segments++];
         factor.w = a;
         factor.y = h + part * op_.rows * linear.rank();
-        factor.first_block = static_cast<int32_t>(part * n_blocks / job.n_parts);
-        factor.n_blocks =
-            static_cast<int32_t>((part + 1) * n_blocks / job.n_parts) - factor.first_block;
+        const auto begin = [&](int64_t i) {
+          return static_cast<int32_t>(std::min(i * n_units / job.n_parts * unit, n_blocks));
+        };
+        factor.first_block = begin(part);
+        factor.n_blocks = begin(part + 1) - begin(part);
       }
       add_rounding(job, linear.branch_act, gpu_, arena_);
       segment.b = linear.branch_b->fragments();

@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
   };
   Columns residual = start();
   // While the kernel ahead is at work the memory may be idle.
-  if (warp == 0 && static_cast<int>(blockIdx.x) < first_wave) {
+  if (!S::kRoundsInput && warp == 0 && static_cast<int>(blockIdx.x) < first_wave) {
     prefetch_share(job.segments[which].w, panel, S::kWarps * S::kUnroll / 2);
     if (job.segments[which].b.n_panels > 0) prefetch_share(job.segments[which].b, panel, 0);
   }
