@@ -272,22 +272,30 @@ __device__ void round_input(const RowsJob& before, const NormInput<kInputStretch
   round_padding(job, 0);
 }
 
-/// The one row of x A^T, by the last warp.
+/// The one row of x A^T, by the last warps: a stretch of 128 columns each.
 __device__ void round_narrow(const RowsJob& narrow, const RoundedRows& to) {
-  constexpr int kStretches = kMaxNarrow / 128;
-  if (threadIdx.x / kWarp != blockDim.x / kWarp - 1) return;
-  const RowsJob source = short_job(narrow, to);
+  const int stretch = static_cast<int>(blockDim.x - 1 - threadIdx.x) / kWarp;
+  const int n_stretches = static_cast<int>(to.padded_cols / 128), lane = threadIdx.x % kWarp;
+  if (stretch >= n_stretches) return;
+  RowsJob source = short_job(narrow, to);
+  source.rows = 1;
+  float x[1][4], unit = 0;
+  load_columns(source, 0, stretch * 128 + lane * 4, x);
+  if (narrow.level_group > 0) {
+    float largest = largest_of(x);
+    for (int i = 0; i < n_stretches; ++i) {
+      if (i == stretch) continue;
+      float other[1][4];
+      load_columns(source, 0, i * 128 + lane * 4, other);
+      largest = max_or_nan(largest, largest_of(other));
+    }
+    unit = level_unit(source,
+                      __uint_as_float(__reduce_max_sync(kFullMask, __float_as_uint(largest))));
+    if (stretch == 0 && lane == 0) to.scales[0] = unit;
+  }
   RowsJob job = source;
   job.cols = to.padded_cols;  // no scale is left undefined: times 0 it might be NaN
-  const int lane = threadIdx.x % kWarp;
-  float x[kStretches][4], unit = 0;
-  load_columns(source, 0, lane * 4, x);
-  if (job.level_group > 0) {
-    const uint32_t largest = __reduce_max_sync(kFullMask, __float_as_uint(largest_of(x)));
-    unit = level_unit(job, __uint_as_float(largest));
-    if (lane == 0) to.scales[0] = unit;
-  }
-  round_stretches(job, 0, 0, unit, StretchPlace(job.rounded, 0), x);
+  round_stretches(job, 0, stretch, unit, StretchPlace(job.rounded, 0), x);
 }
 
 template <typename S>
