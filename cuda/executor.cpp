@@ -11,6 +11,9 @@
 namespace tq::cuda {
 namespace {
 
+// Blocks of 128 columns that the product of one row asks for at once: 4 of 64 by each of 8 warps.
+constexpr int64_t kRowBlocks = 16;
+
 RowsJob plain_rows(const float* x, int64_t rows, int64_t cols) {
   RowsJob job = {};
   job.x = x;
@@ -165,15 +168,12 @@ class LinearsPlan {
     down.before = main.before = rounding.before;
     down.rows = main.rows = op_.rows;
     std::vector<RowsJob> narrow;
-    // x' A^T has few rows of weights: its columns are shared out too, so that more of the device
-    // works, and the parts are added when h is rounded.
+    // The parts of x' A^T are added when h is rounded.
     int n_branches = 0;
     for (int i = 0; i < op_.n_linears; ++i) {
       n_branches += takes(*op_.linears[i], rounding) && op_.linears[i]->branch_a;
     }
     const int64_t most_parts = n_branches == 0 ? 1 : kMaxLinears / n_branches;
-    // Blocks of 128 columns that a warp of the product of one row asks for at once.
-    const int64_t unit = op_.rows == 1 ? 16 : 1;
     for (int i = 0; i < op_.n_linears; ++i) {
       const CudaLinear& linear = *op_.linears[i];
       if (!takes(linear, rounding)) continue;
@@ -183,21 +183,19 @@ class LinearsPlan {
       segment.stream = stream_;
       if (!linear.branch_a) continue;
       const FragmentView& a = linear.branch_a->fragments();
-      const int64_t n_blocks = a.padded_cols / kBlockCols;
+      const std::vector<int32_t> parts =
+          column_parts(a.padded_cols / kBlockCols, most_parts, op_.rows);
       RowsJob job = plain_rows(nullptr, op_.rows, linear.rank());
-      const int64_t n_units = (n_blocks + unit - 1) / unit;
-      job.n_parts = std::min(most_parts, n_units);
+      job.n_parts = std::ssize(parts) - 1;
       float* h = arena_.take<float>(job.n_parts * op_.rows * linear.rank());
       job.x = h;
       for (int64_t part = 0; part < job.n_parts; ++part) {
         PackedSegment& factor = down.segments[down.n_segments++];
         factor.w = a;
         factor.y = h + part * op_.rows * linear.rank();
-        const auto begin = [&](int64_t i) {
-          return static_cast<int32_t>(std::min(i * n_units / job.n_parts * unit, n_blocks));
-        };
-        factor.first_block = begin(part);
-        factor.n_blocks = begin(part + 1) - begin(part);
+        const size_t at = static_cast<size_t>(part);
+        factor.first_block = parts[at];
+        factor.n_blocks = parts[at + 1] - parts[at];
       }
       add_rounding(job, linear.branch_act, gpu_, arena_);
       segment.b = linear.branch_b->fragments();
@@ -278,6 +276,16 @@ class LinearsPlan {
 CodeOrder code_order(int64_t rows, int bits, const Gpu& gpu) {
   if (rows <= kMatvecRows) return CodeOrder::kLanes;
   return gpu.facts.major == 9 && bits <= 4 ? CodeOrder::kTilesFp8 : CodeOrder::kTiles;
+}
+
+std::vector<int32_t> column_parts(int64_t n_blocks, int64_t most, int64_t rows) {
+  const int64_t unit = rows == 1 ? kRowBlocks : 1, n_units = (n_blocks + unit - 1) / unit;
+  const int64_t n_parts = std::min(most, n_units);
+  std::vector<int32_t> cuts;
+  for (int64_t i = 0; i <= n_parts; ++i) {
+    cuts.push_back(static_cast<int32_t>(std::min(i * n_units / n_parts * unit, n_blocks)));
+  }
+  return cuts;
 }
 
 int smallest_group_shift(const PackedJob& job) {

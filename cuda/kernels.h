@@ -10,6 +10,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "cuda/ops.h"
 #include "cuda/weights.h"
@@ -147,6 +148,9 @@ struct PackedJob {
   int32_t n_segments;
   PackedSegment segments[kMaxLinears];
 };
+/// Where to cut the columns of x' A^T, in blocks of 128, begin to end: its rows of weights are few,
+/// so that the columns are shared out too. At most `most` parts.
+std::vector<int32_t> column_parts(int64_t n_blocks, int64_t most, int64_t rows);
 /// log2 of the smallest group of either side of any segment.
 int smallest_group_shift(const PackedJob& job);
 /// By the order of the codes, the scales and the GPU one of the four below.

@@ -233,23 +233,30 @@ void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group,
     job.rows = rows;
     job.n_segments = 1;
     if (rank > 0) {
-      constexpr int n_parts = kMaxLinears;  // as the executor does
-      for (int part = 0; part < n_parts; ++part) {
+      // As the executor does.
+      const std::vector<int32_t> parts =
+          column_parts(a[at].view.padded_cols / kBlockCols, kMaxLinears, rows);
+      job.n_segments = static_cast<int>(parts.size()) - 1;
+      for (int part = 0; part < job.n_segments; ++part) {
         PackedSegment& segment = job.segments[part];
-        const int n_blocks = static_cast<int>(a[at].view.padded_cols / kBlockCols);
         segment.w = a[at].view;
         segment.y = narrow.as<float>() + part * rows * rank;
-        segment.first_block = part * n_blocks / n_parts;
-        segment.n_blocks = (part + 1) * n_blocks / n_parts - segment.first_block;
+        segment.first_block = parts[static_cast<size_t>(part)];
+        segment.n_blocks = parts[static_cast<size_t>(part) + 1] - segment.first_block;
       }
-      job.n_segments = n_parts;
       launch(job);
-      h.job.n_parts = n_parts;
-      launch_rows(h.job, bench.gpu);
-      job.segments[0] = {};
+      h.job.n_parts = job.n_segments;
+      PackedSegment main = {};
+      main.b = b[at].view;
+      main.h = h.job.rounded;
+      if (matvec_rounds_narrow(h.job)) {
+        main.narrow = h.job;
+        job.blocks_ahead = job.n_segments * static_cast<int32_t>(a[at].view.n_panels);
+      } else {
+        launch_rows(h.job, bench.gpu);
+      }
+      job.segments[0] = main;
       job.n_segments = 1;
-      job.segments[0].b = b[at].view;
-      job.segments[0].h = h.job.rounded;
     }
     job.segments[0].w = r[at].view;
     job.segments[0].y = y.as<float>();
