@@ -6,7 +6,8 @@
 // Work      one row: heads.cu's work first, redone by every block (AttentionJob::heads).
 //           A block: one row, one key head (queries that share it, up to 4), one stretch of keys;
 //           each of its 4 warps takes every fourth 16 of them with an online softmax of its own.
-//           Warps are merged through shared memory, stretches by the block that ends last
+//           Warps are merged through shared memory, stretches by their cluster of blocks or, if
+//           they are many, by the block that ends last
 // Memory    the cache of the row's positions once, straight into the operands of mma m16n8k16 ->
 //           DRAM; 16 keys and 16 values a warp under way
 // Constants 16 keys: the rows of an mma. Its 8 columns are 4 queries as a sum of two f16 each, so

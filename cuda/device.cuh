@@ -129,16 +129,6 @@ __device__ inline void prefetch(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
-/// The same for a stretch of 16 n bytes, by the copy engine where there is one: many single
-/// prefetches would stand in the way of the loads of the kernel that is at work.
-__device__ inline void prefetch_bytes(const void* at, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
-#else
-  for (int i = 0; i < bytes; i += 128) prefetch(static_cast<const uint8_t*>(at) + i);
-#endif
-}
-
 /// Waits for the kernel before: everything that an earlier one wrote may be read from here on. What
 /// no kernel writes (weights) may be read before.
 __device__ inline void await_kernel() {

@@ -7,10 +7,10 @@
 //           then of B; sums of the warps are added through shared memory in a fixed order. One row
 //           of up to 4096 columns is normed and rounded here, by every block, which then takes
 //           panel after panel: a kernel that only did that would cost more than all blocks' work.
-//           So is one row of x A^T
+//           So is one row of x A^T, which the kernel ahead makes while this one reads R
 // Memory    each code read once by one lane, 16 bytes at a time, a few blocks asked for while as
-//           many are multiplied -> DRAM. x' comes from the caches or from shared memory: 64 bytes a
-//           token and block
+//           many are multiplied, the first ones before the kernel's turn -> DRAM. x' comes from the
+//           caches or from shared memory: 64 bytes a token and block
 // Constants few instructions a block of 64 columns (30 for one token): at 100 a multiprocessor
 //           issues them no faster than an H200's memory delivers. So addresses are steps from the
 //           last ones, and lanes of absent tokens read the last one's row. The weights are operand
@@ -208,18 +208,6 @@ struct Stream {
   }
 };
 
-/// The block's share of what its set of panels will read goes to the second-level cache, but for
-/// the first `kept` blocks of 128 columns. By one warp.
-__device__ void prefetch_share(const FragmentView& w, int panel, int kept) {
-  constexpr int kPanels = kSetPanels;
-  const int share = panel % kPanels, n_blocks = static_cast<int>(w.padded_cols / kBlockCols);
-  const int block = kept + share + threadIdx.x % kWarp * kPanels;
-  const uint4* codes = panel_codes(w, panel - share);
-  if (block < n_blocks) prefetch_bytes(codes + block * kSetCodes, kSetCodes * 16);
-  const __half2* scales = panel_scales(w, panel - share);
-  if (threadIdx.x == 0) prefetch_bytes(scales + share * 8 * w.n_groups, w.n_groups * 8 * 4);
-}
-
 // A row in shared memory: codes, then scales as in memory.
 __host__ __device__ inline int64_t near_bytes(const RoundedRows& x) {
   return x.padded_cols + x.n_groups * kMatvecRows * 4;
@@ -289,8 +277,8 @@ __device__ void round_narrow(const RowsJob& narrow, const RoundedRows& to) {
       load_columns(source, 0, i * 128 + lane * 4, other);
       largest = max_or_nan(largest, largest_of(other));
     }
-    unit = level_unit(source,
-                      __uint_as_float(__reduce_max_sync(kFullMask, __float_as_uint(largest))));
+    unit =
+        level_unit(source, __uint_as_float(__reduce_max_sync(kFullMask, __float_as_uint(largest))));
     if (stretch == 0 && lane == 0) to.scales[0] = unit;
   }
   RowsJob job = source;
@@ -300,7 +288,7 @@ __device__ void round_narrow(const RowsJob& narrow, const RoundedRows& to) {
 
 template <typename S>
 __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
-    packed_matvec_kernel(const __grid_constant__ PackedJob job, int first_wave) {
+    packed_matvec_kernel(const __grid_constant__ PackedJob job) {
   using Columns = Stream<S, S::kRoundsInput>;
   constexpr bool kNearH = S::kTokens == 1;
   using LowRank = Stream<S, kNearH>;
@@ -341,11 +329,6 @@ __global__ void __launch_bounds__(S::kWarps* kWarp, S::kResident)
     return columns;
   };
   Columns residual = start();
-  // While the kernel ahead is at work the memory may be idle.
-  if (!S::kRoundsInput && warp == 0 && static_cast<int>(blockIdx.x) < first_wave) {
-    prefetch_share(job.segments[which].w, panel, S::kWarps * S::kUnroll / 2);
-    if (job.segments[which].b.n_panels > 0) prefetch_share(job.segments[which].b, panel, 0);
-  }
   bool h_is_late = kNearH && job.blocks_ahead > 0;
   const auto begin = [&] {
     if (!h_is_late) return begin_kernel();
@@ -438,8 +421,7 @@ void launch_shape(const PackedJob& job, const Gpu& gpu) {
   const int64_t room = first_wave - std::min<int64_t>(job.blocks_ahead, first_wave / 2);
   const int64_t n_blocks = S::kRoundsInput ? std::min(n_panels, room) : n_panels;
   launch_kernel(gpu, "packed matvec", packed_matvec_kernel<S>,
-                dim3(static_cast<unsigned>(n_blocks)), dim3(S::kWarps * kWarp), bytes, job,
-                static_cast<int>(first_wave));
+                dim3(static_cast<unsigned>(n_blocks)), dim3(S::kWarps * kWarp), bytes, job);
 }
 
 template <bool kGroups32>
@@ -470,6 +452,7 @@ void launch_packed_matvec(const PackedJob& job, const Gpu& gpu) {
   TQ_CHECK(job.rows <= kMatvecRows && job.x.order == CodeOrder::kLanes && job.n_segments > 0 &&
            job.n_segments <= kMaxLinears);
   TQ_CHECK(job.before.bits >= 16 || matvec_rounds(job.before));
+  TQ_CHECK(job.blocks_ahead == 0 || job.rows == 1);
   if (job.rows == 0) return;
   smallest_group_shift(job) < 6 ? launch_groups<true>(job, gpu) : launch_groups<false>(job, gpu);
 }

@@ -389,7 +389,8 @@ QuantizeResult quantize_model(const Model& source, const QuantizeOptions& option
   fix_block_sizes();
   if (!options.needs_calibration()) calibration = nullptr;
   Pipeline pipeline(source, options, hooks, output);
-  return pipeline.run(calibration, make_fingerprint(source, options, calibration, weights_hash, backend),
+  return pipeline.run(calibration,
+                      make_fingerprint(source, options, calibration, weights_hash, backend),
                       backend, resume);
 }
 

@@ -1,8 +1,9 @@
 // pipeline - a whole model, layer by layer, into one .tq file.
 //
 // For each layer: load in f32 -> fold into the basis -> (calibrate) -> round -> write. One layer is
-// in memory at a time. Everything here is independent of the number of threads: same input, options,
-// seed and device of the calibration give the same bytes. Read pipeline.cpp, then quantize_layer.h.
+// in memory at a time. Everything here is independent of the number of threads: same input,
+// options, seed and device of the calibration give the same bytes. Read pipeline.cpp, then
+// quantize_layer.h.
 #pragma once
 
 #include <functional>

@@ -374,6 +374,15 @@ TEST_F(Cuda, AttentionOfManyRowsAgreesWithTheCpu) {
   }
 }
 
+// One row after many: stretches that the largest clusters share, and more than those take.
+TEST_F(Cuda, AttentionAfterManyKeysAgreesWithTheCpu) {
+  for (int64_t head_dim : {64, 128}) {
+    compare_attention(cpu(), gpu(), {4, 2, head_dim, 16, {1100, 1, 3, 1}}, 14);
+    compare_attention(cpu(), gpu(), {4, 4, head_dim, 16, {1100, 1, 3, 1}}, 15);
+    compare_attention(cpu(), gpu(), {3, 1, head_dim, 16, {4300, 1, 2}}, 16);
+  }
+}
+
 // Whole numbers: many ties, and the order is exact.
 TEST_F(Cuda, TopEqualsTheCpu) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
