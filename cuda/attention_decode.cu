@@ -268,9 +268,10 @@ int64_t attention_splits(const CacheView& cache, int64_t rows, int64_t max_keys,
   const int64_t n_splits = std::clamp<int64_t>(
       wanted, 1, std::min<int64_t>(kMaxSplits, (max_keys + min_stretch - 1) / min_stretch));
   // A cluster of blocks merges sooner; of more keys the memory is what takes time.
-  const bool clusters = f16 && gpu.facts.major >= 9 && max_keys <= kClusterKeys;
-  return clusters ? std::bit_floor(static_cast<uint64_t>(std::min(n_splits, kMostOfCluster)))
-                  : n_splits;
+  const int64_t most = most_of_cluster(gpu);
+  return f16 && most > 1 && max_keys <= kClusterKeys
+             ? std::bit_floor(static_cast<uint64_t>(std::min(n_splits, most)))
+             : n_splits;
 }
 
 int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits) {

@@ -513,9 +513,8 @@ void launch_attention_f16(const AttentionJob& job, const Gpu& gpu) {
                   static_cast<unsigned>(job.cache.n_kv_heads * query_blocks),
                   static_cast<unsigned>(job.rows));
   const bool narrow = job.cache.head_dim == 64;
-  const bool clustered = gpu.facts.major >= 9 && job.n_splits > 1 &&
-                         job.n_splits <= kMostOfCluster &&
-                         std::has_single_bit(uint64_t(job.n_splits));
+  const bool clustered = job.n_splits > 1 && job.n_splits <= most_of_cluster(gpu) &&
+                         std::has_single_bit(static_cast<uint64_t>(job.n_splits));
   const auto kernel = clustered ? (narrow ? f16_kernel<64, true> : f16_kernel<128, true>)
                                 : (narrow ? f16_kernel<64, false> : f16_kernel<128, false>);
   launch_clusters(gpu, "attention", kernel, grid, dim3(kThreads), 0,

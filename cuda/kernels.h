@@ -210,7 +210,12 @@ struct AttentionJob {
   bool heads_wanted;  // somebody else reads heads.q and heads.k
 };
 constexpr int64_t kAttentionCounters = 1 << 16;
-constexpr int64_t kMostOfCluster = 16;  // blocks of threads that share a row by clusters
+constexpr int64_t kMostOfCluster = 16;
+/// Blocks of threads that may share a row as a cluster: 8 wherever there are clusters, 16 on
+/// Hopper.
+inline int64_t most_of_cluster(const Gpu& gpu) {
+  return gpu.facts.major < 9 ? 1 : gpu.facts.major == 9 ? kMostOfCluster : 8;
+}
 /// Stretches that the keys of a row are cut in, for a timeline of up to max_keys.
 int64_t attention_splits(const CacheView& cache, int64_t rows, int64_t max_keys, const Gpu& gpu);
 int64_t attention_partials(int64_t rows, int64_t n_heads, int64_t head_dim, int64_t n_splits);

@@ -4,9 +4,10 @@
 // rows - x' = round(H(rms_norm(silu(sum x + term) * up)))   each part optional (kernels.h, RowsJob)
 // Shapes    x, term, up [rows, cols] f32; codes [rows, padded_cols] s8, scales [group, row] f32
 // Work      a block of threads a row, or 512 columns of one of few; it stays in shared memory
-//           between the parts; a warp rounds a group, or 128 columns. Of few rows a transform with
-//           a base matrix is two kernels of many blocks: butterflies, then the base matrix.
-//           Two-level scales want the greatest of the row first: a cluster of blocks shares one
+//           between the parts; a warp rounds a group, or 128 columns. Few rows that nothing but
+//           loading comes before are shared out by 128 columns a warp; two-level scales want the
+//           greatest of a row first, so that its blocks are a cluster. Of few rows a transform with
+//           a base matrix is two kernels of many blocks: butterflies, then the base matrix
 // Memory    each input read once, each wanted result written once -> DRAM in prefill; decode is
 //           one row, so one block: latency
 // Constants 32 floats + 1 of padding in shared memory: the butterflies of neighbouring elements
