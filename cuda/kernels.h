@@ -142,8 +142,9 @@ struct PackedJob {
   // threads, and only says how. matvec_rounds() says which norms and roundings.
   RowsJob before;
   int64_t rows;
-  // Of one row: what makes the parts of every `narrow` is the kernel ahead, with so many blocks of
-  // threads, and began when all that is needed otherwise was there. Only h waits for it.
+  // Of one row: how many blocks of threads the kernel ahead has, if that one makes the parts of
+  // every `narrow` and itself began when all else that is needed was there. Then only h waits for
+  // it. 0: everything waits.
   int32_t blocks_ahead;
   int32_t n_segments;
   PackedSegment segments[kMaxLinears];

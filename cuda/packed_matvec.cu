@@ -230,7 +230,8 @@ __device__ void copy_row(const RoundedRows& from, const RoundedRows& to) {
   }
 }
 
-// What matvec_rounds() has ruled out is left out of the program, which is cold when it starts.
+// What matvec_rounds() has ruled out is left out of the program: it runs through once, at the rate
+// at which instructions are fetched.
 __device__ RowsJob short_job(const RowsJob& job, const RoundedRows& to) {
   RowsJob result = job;
   result.term = result.up = nullptr;

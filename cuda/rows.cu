@@ -63,7 +63,7 @@ __device__ double load_elements(const RowsJob& job, int64_t at, int i, bool own,
   return squares;
 }
 
-// kTransform false: the short program of a decode step, which is at work before a long one is read.
+// kTransform false: the short program of a decode step; a long one takes longer to fetch.
 template <bool kTransform>
 __global__ void __launch_bounds__(1024)
     rows_kernel(const __grid_constant__ RowsJob job, int chunk) {
