@@ -47,11 +47,6 @@ __device__ inline void store_shared(uint32_t to, const uint4& words) {
                : "memory");
 }
 
-// What this thread wrote to shared memory may be read by wgmma after the next barrier.
-__device__ inline void publish_writes() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // Where in the ring of stages.
 template <int kStages>
 struct Place {

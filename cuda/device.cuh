@@ -175,6 +175,23 @@ __device__ void store_in_cluster(T* at, int rank, T value) {
 #endif
 }
 
+/// Four bytes from there.
+template <typename T>
+__device__ T load_from_cluster(const T* at, int rank) {
+  static_assert(sizeof(T) == 4);
+  T value = {};
+#if __CUDA_ARCH__ >= 900
+  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\n"
+      "ld.shared::cluster.u32 %0, [there];\n}"
+      : "=r"(reinterpret_cast<uint32_t&>(value))
+      : "r"(own), "r"(rank)
+      : "memory");
+#endif
+  return value;
+}
+
 /// Launches `kernel`. From compute capability 9.0 on, its blocks may be placed before the kernel
 /// ahead of it has ended (begin_kernel() waits): saves most of the gap between small kernels.
 /// cluster: how many neighbouring blocks share a cluster.

@@ -2,8 +2,8 @@
 //
 // A job holds pointers to device memory and sizes, no ownership. launch_<name>() checks what the
 // kernel requires and enqueues it on the GPU's stream. Read next: rows.cu, many_rows.cu, repack.cu,
-// packed_matvec.cu, packed_gemm.cu, twin_gemm.cu, dense_linear.cu, heads.cu, attention_decode.cu,
-// attention_wgmma.cu.
+// packed_matvec.cu, packed_gemm.cu, twin_gemm.cu, dense_linear.cu, dense_gemm.cu, heads.cu,
+// attention_decode.cu, attention_wgmma.cu.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -110,7 +110,10 @@ struct DenseJob {
   int64_t rows;
   bool accumulate;
 };
+/// By the number of rows and the GPU a matvec or one of the two below.
 void launch_dense(const DenseJob& job, const Gpu& gpu);
+void launch_dense_gemm(const DenseJob& job, const Gpu& gpu);
+void launch_dense_wgmma(const DenseJob& job, const Gpu& gpu);
 
 /// The same with packed weights in the file's layout and rounded rows: exact integers inside a
 /// group, any group sizes. The fallback of the two kernels below.

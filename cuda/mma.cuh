@@ -42,11 +42,26 @@ __device__ inline uint32_t pack_half(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+/// Two floats as the sum of two such words: within 2^-22 of them, or 2^-25 below 2^-3.
+__device__ inline void split_half(float first, float second, uint32_t& high, uint32_t& low) {
+  high = pack_half(first, second);
+  const float2 known = __half22float2(reinterpret_cast<const __half2&>(high));
+  low = pack_half(first - known.x, second - known.y);
+}
+
 /// acc += A B with A [16, 16] and B [16, 8] of f16, f32 sums. Lane l: A words are rows l/4,
 /// l/4 + 8 at columns 2 (l % 4).., then both 8 columns further; B words column l/4, rows 2 (l %
 /// 4).., then 8 further; acc as in IntTile.
 __device__ inline void mma_f16(float* acc, const uint32_t* a, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// The same of bf16.
+__device__ inline void mma_bf16(float* acc, const uint32_t* a, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

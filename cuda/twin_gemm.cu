@@ -268,22 +268,15 @@ __device__ inline void run(const PackedJob& job) {
     warpgroup.multiply(shared.stages[slot], is_main ? w_skip : b_skip, is_main ? x_skip : h_skip);
     shared.free[slot].arrive();
   }
-  // Calls visit(offset of an output, its sum) for all of the lane's.
   const auto each = [&](const auto& visit) {
 #pragma unroll
     for (int block = 0; block < S::kBlocks; ++block) {
       const int64_t row = tile * kTileRows + (warp / 4 * S::kBlocks + block) * 64 +
                           warp % 4 * kPanelRows + lane / 4;
-      const bool inside = row < segment.w.rows, inside_8 = row + 8 < segment.w.rows;
 #pragma unroll
-      for (int i = 0; i < S::kTokens / 4; ++i) {
-        const int64_t token = first_token + i / 2 * 8 + lane % 4 * 2 + i % 2;
-        if (token >= job.rows) break;
-        const int64_t at = token * segment.w.rows + row;
-        float* sums = warpgroup.sums[block][i / (S::kTokens / 8)];
-        const int index = i % (S::kTokens / 8) / 2 * 4 + i % 2;
-        if (inside) visit(at, sums[index]);
-        if (inside_8) visit(at + 8, sums[index + 2]);
+      for (int half = 0; half < 2; ++half) {
+        each_sum(warpgroup.sums[block][half], row, segment.w.rows,
+                 first_token + half * (S::kTokens / 2), job.rows, visit);
       }
     }
   };

@@ -243,7 +243,7 @@ struct Shelf {
     for (int i = 0; i < S::kSums; ++i) {
       sums[i] = __float_as_int(__int_as_float(sums[i]) + at(i));
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // copies follow these accesses
+    publish_writes();  // copies follow these accesses
     shared.shelf_free.arrive();
   }
 };
@@ -254,18 +254,8 @@ __device__ void store_outputs(const PackedJob& job, const Tile& tile, int panel,
   const PackedSegment& segment = *tile.segment;
   const int lane = threadIdx.x % kWarp;
   const int64_t row = tile.set * kTileRows + panel * kPanelRows + lane / 4;
-  const bool inside = row < segment.w.rows, inside_8 = row + 8 < segment.w.rows;
-  // Calls visit(offset of an output, its value) for all of the lane's.
   const auto each = [&](const auto& visit) {
-#pragma unroll
-    for (int i = 0; i < S::kTokens / 4; ++i) {
-      const int64_t token = tile.first_token + i / 2 * 8 + lane % 4 * 2 + i % 2;
-      if (token >= job.rows) break;
-      const int64_t at = token * segment.w.rows + row;
-      int32_t* value = sums + i / 2 * 4 + i % 2;
-      if (inside) visit(at, value[0]);
-      if (inside_8) visit(at + 8, value[2]);
-    }
+    each_sum(sums, row, segment.w.rows, tile.first_token, job.rows, visit);
   };
   // One after the other, so that no load waits for the one before it; for the stream nobody waits.
   if (segment.accumulate) {

@@ -1,5 +1,5 @@
-// wgmma.cuh - what Hopper's tensor cores and copy engine need: wgmma with operand A in registers,
-// bulk copies into shared memory, and the barriers between them. Compiled for sm_90a only.
+// wgmma.cuh - what Hopper's tensor cores and copy engine need: wgmma of 8-bit operands, bulk copies
+// into shared memory, and the barriers between them. Compiled for sm_90a only.
 #pragma once
 
 #include <cstdint>
@@ -60,11 +60,34 @@ __device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, Bar
       : "memory");
 }
 
-/// Operand B of wgmma: rows of 128 bytes, K along them, 16-byte words swizzled by the row (word ^
+/// What this thread wrote to shared memory may be read by wgmma after the next barrier.
+__device__ inline void publish_writes() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// An operand of wgmma: rows of 128 bytes, K along them, 16-byte words swizzled by the row (word ^
 /// row % 8), 8 rows a kilobyte. 32 columns further: descriptor + 2.
 __device__ inline uint64_t swizzled_rows(const void* tile) {
   return uint64_t{(shared_address(tile) & 0x3FFFF) >> 4} | uint64_t{1} << 16 | uint64_t{64} << 32 |
          uint64_t{1} << 62;
+}
+
+/// Calls visit(offset in y [n_tokens, n_rows], sum) for the lane's sums of 64 rows x tokens, as
+/// wgmma leaves them; `row` is its first one, rows and tokens behind the last are left out.
+template <typename T, int kCount, typename Visit>
+__device__ inline void each_sum(T (&sums)[kCount], int64_t row, int64_t n_rows, int64_t first_token,
+                                int64_t n_tokens, const Visit& visit) {
+  const bool inside = row < n_rows, inside_8 = row + 8 < n_rows;
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const int64_t token = first_token + i / 2 * 8 + lane % 4 * 2 + i % 2;
+    if (token >= n_tokens) break;
+    const int64_t at = token * n_rows + row;
+    T* sum = sums + i / 2 * 4 + i % 2;
+    if (inside) visit(at, sum[0]);
+    if (inside_8) visit(at + 8, sum[2]);
+  }
 }
 
 /// Before the first wgmma that reads registers written by other instructions.

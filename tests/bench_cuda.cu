@@ -4,7 +4,7 @@
 // takes to leave the second-level cache behind, so that each run reads its weights from memory.
 // Data are random. Beside every product stands cuBLASLt's of the same shape (bench_cublas.h), the
 // fastest of the ways that it offers. Usage: bench_cuda [PART] [--json FILE]; parts are matvec,
-// gemm, rows and attention. Not here: whole models (tq bench).
+// gemm, dense, rows and attention. Not here: whole models (tq bench).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -185,9 +185,11 @@ int copies_beyond_cache(const Bench& bench, int64_t bytes, int64_t rows) {
 struct Yardsticks {
   double us[3] = {};
 };
-Yardsticks bench_cublas(Bench& bench, const Shape& shape, int64_t rows) {
+Yardsticks bench_cublas(Bench& bench, const Shape& shape, int64_t rows,
+                        const std::vector<Yardstick>& types = {Yardstick::kBf16, Yardstick::kFp8,
+                                                               Yardstick::kInt8}) {
   Yardsticks times;
-  for (const Yardstick type : {Yardstick::kBf16, Yardstick::kFp8, Yardstick::kInt8}) {
+  for (const Yardstick type : types) {
     const CublasProduct product(type, rows, shape.out, shape.in);
     const int copies = copies_beyond_cache(bench, product.weight_bytes(), rows);
     // Numbers, not infinities, whatever type reads them.
@@ -286,6 +288,51 @@ void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group,
                            {"cublaslt_int8_us", yardsticks.us[2]}});
 }
 
+// Weights that meet f32 inputs, beside cuBLASLt's product of inputs that were rounded to bf16.
+// portable: by the kernel of other GPUs than Hopper.
+void bench_dense(Bench& bench, const Shape& shape, int64_t rows, Storage storage, const char* name,
+                 const Yardsticks& yardsticks, bool portable = false) {
+  const int64_t count = shape.out * shape.in;
+  const int64_t bytes = storage == Storage::kQ8 ? count + count / 64 * 2 : count * 2;
+  const int copies = std::min(8, copies_beyond_cache(bench, bytes, rows));
+  std::vector<DeviceMemory> data, scales;
+  for (int i = 0; i < copies; ++i) {
+    // Bits that make finite numbers of either 16-bit type.
+    data.push_back(bench.random_bytes(bytes, storage == Storage::kQ8 ? ~0u : 0xB7B7B7B7));
+    scales.push_back(bench.random_scales(count / 64));
+  }
+  const DeviceMemory x = bench.random_floats(rows * shape.in), y(rows * shape.out * 4, "bench");
+  const double us = bench.time(copies, [&](int i) {
+    const size_t at = static_cast<size_t>(i);
+    const CanonicalView w = {storage,
+                             shape.out,
+                             shape.in,
+                             64,
+                             shape.in / 64,
+                             storage == Storage::kQ8 ? shape.in : shape.in * 2,
+                             data[at].as<uint8_t>(),
+                             scales[at].as<__half>()};
+    const DenseJob job = {w, x.as<float>(), y.as<float>(), rows, false};
+    portable ? launch_dense_gemm(job, bench.gpu) : launch_dense(job, bench.gpu);
+  });
+  const double tflops = 2.0 * static_cast<double>(rows * count) / us * 1e-6;
+  const double share = static_cast<double>(bytes) / us * 1e6 / bench.bandwidth;
+  std::printf(
+      "%-20s m %5lld dense %-4s%s: %9.2f us %8.1f TFLOP/s %5.1f %% of bandwidth; over bf16 %5.2f "
+      "x\n",
+      shape.name, static_cast<long long>(rows), name, portable ? ", portable" : "", us, tflops,
+      100 * share, yardsticks.us[0] / us);
+  bench.records.push_back({{"kernel", "dense"},
+                           {"matrix", shape.name},
+                           {"m", rows},
+                           {"storage", name},
+                           {"portable", portable},
+                           {"us", us},
+                           {"tflops", tflops},
+                           {"bandwidth_share", share},
+                           {"cublaslt_bf16_us", yardsticks.us[0]}});
+}
+
 // How much of the memory's bandwidth a kernel of many rows needs that moves so many bytes.
 double share(const Bench& bench, double bytes, double us) {
   return bytes / us * 1e6 / bench.bandwidth;
@@ -381,8 +428,11 @@ void bench_attention(Bench& bench, int64_t rows, int64_t pos0, int bits, int64_t
   std::vector<DeviceMemory> keys, values, scales;
   for (int i = 0; i < copies; ++i) {
     const int64_t bytes = vectors * cache.vector_bytes;
-    keys.push_back(bits == 16 ? bench.random_halves(bytes / 2) : bench.random_bytes(bytes));
-    values.push_back(bits == 16 ? bench.random_halves(bytes / 2) : bench.random_bytes(bytes));
+    for (std::vector<DeviceMemory>* vectors_of : {&keys, &values}) {
+      vectors_of->push_back(bits == 32   ? bench.random_floats(bytes / 4)
+                            : bits == 16 ? bench.random_halves(bytes / 2)
+                                         : bench.random_bytes(bytes));
+    }
     scales.push_back(bench.random_scales(2 * vectors));
   }
   const DeviceMemory q = bench.random_floats(rows * n_heads * head_dim);
@@ -452,6 +502,19 @@ void run(const std::string& part, const std::string& json) {
       }
     }
   }
+  if (wanted("dense")) {
+    const Shape head = {"head 151936x4096", 151936, 4096};
+    for (const Shape& shape : {kShapes[0], kShapes[2], kShapes[3], head}) {
+      for (const int64_t rows : {1, 4, 16, 64, 512, 2048}) {
+        if (shape.out == head.out && rows > 512) continue;
+        const Yardsticks yardsticks = bench_cublas(bench, shape, rows, {Yardstick::kBf16});
+        bench_dense(bench, shape, rows, Storage::kBF16, "bf16", yardsticks);
+        bench_dense(bench, shape, rows, Storage::kF16, "f16", yardsticks);
+        bench_dense(bench, shape, rows, Storage::kQ8, "q8", yardsticks);
+        if (rows >= 64) bench_dense(bench, shape, rows, Storage::kBF16, "bf16", yardsticks, true);
+      }
+    }
+  }
   if (wanted("rows")) {
     for (const int64_t rows : {1, 16, 64, 512, 2048}) {
       for (const bool two_level : {false, true}) {
@@ -470,6 +533,7 @@ void run(const std::string& part, const std::string& json) {
       }
     }
     bench_attention(bench, 512, 32256, 16, 128);
+    for (const int64_t head_dim : {64, 128}) bench_attention(bench, 4096, 0, 32, head_dim);
   }
   if (json.empty()) return;
   const Json report = {{"gpu", bench.gpu.facts.name},

@@ -52,11 +52,13 @@ TEST_F(Cuda, CalibrationSeesWhatItSeesOnTheCpu) {
         stream.run_layer(model.layers[0], nullptr, [] {});
         mine.push_back(stream.hidden());
       }
-      // Up to four layers of f32 sums, at most 256 terms each, in another order.
+      // Up to four layers of f32 sums, at most 256 terms each, in another order; of more than 4
+      // rows every product is also off by 3 * 2^-18 |x||w| (dense_columns.cuh), |x||w| being up to
+      // sqrt(256) times an output.
       ASSERT_EQ(seen[1].size(), seen[0].size());
       for (size_t i = 0; i < seen[0].size(); ++i) {
         SCOPED_TRACE(testing::Message() << "tap " << i);
-        const double bound = 1e-4 * std::max(1.0, largest(seen[0][i]));
+        const double bound = (length > 4 ? 1e-3 : 1e-4) * std::max(1.0, largest(seen[0][i]));
         expect_near(seen[1][i], seen[0][i], [&](size_t) { return bound; });
         if (HasFatalFailure()) return;
       }
@@ -169,9 +171,10 @@ TEST_F(Cuda, SessionsOfRepeatedStepsAgreeWithTheCpu) {
         keep(session.feed(std::span(ids).subspan(20, 230)));  // past 256 keys soon
         for (size_t i = 250; i < 265; ++i) keep(session.feed(std::span(ids).subspan(i, 1)));
       }
-      // Logits through 3 layers of f32 sums, at most 256 terms each; in 8 bits and in 16 a value
-      // may round the other way, a step of 2^-8 and of 2^-11, which one head of 12 feels.
-      const double bound = kv_bits == 32 ? 1e-4 : kv_bits == 16 ? 2e-3 : 2e-2;
+      // Logits through 3 layers of f32 sums, at most 256 terms each, and products of bf16 parts
+      // (CalibrationSeesWhatItSeesOnTheCpu); in 8 bits and in 16 a value may round the other way, a
+      // step of 2^-8 and of 2^-11, which one head of 12 feels.
+      const double bound = kv_bits == 32 ? 1e-3 : kv_bits == 16 ? 2e-3 : 2e-2;
       ASSERT_EQ(results[1].size(), results[0].size());
       for (size_t i = 0; i < results[0].size(); ++i) {
         const double scale = std::max(1.0, largest(results[0][i]));

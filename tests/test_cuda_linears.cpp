@@ -67,6 +67,9 @@ std::vector<LinearCase> linear_cases() {
     cases.push_back({"dense", storage, 70, 136, 0, {16, 64, 1.0f, ActCodes::kSymmetric}});
     cases.push_back(
         {"dense, odd columns", storage, 33, 75, 0, {16, 64, 1.0f, ActCodes::kSymmetric}});
+    for (int64_t in : {2080, 2075}) {  // shared out among blocks of threads
+      cases.push_back({"dense, wide", storage, 70, in, 0, {16, 64, 1.0f, ActCodes::kSymmetric}});
+    }
     cases.push_back({"dense, rounded input", storage, 33, 160, 0, {4, 64, 0.9f, ActCodes::kAll}});
   }
   for (Storage storage : {Storage::kQ4, Storage::kQ8}) {
@@ -236,7 +239,14 @@ void compare_linears(Backend& cpu, Backend& gpu, const LinearCase& c, int64_t ro
     // Both sides add at most in + rank products in f32, in different orders: each is within
     // gamma_(in + rank) |x'||w| of the truth. Rounding x to 3 bits or more adds less than half of
     // its norm to x'; the factor 4 covers that, both sides, and the steps of h.
-    const double gamma = static_cast<double>(c.in + c.rank) * kEps * 4;
+    double gamma = static_cast<double>(c.in + c.rank) * kEps * 4;
+    // Many rows in f32 are multiplied as two bf16 parts, and so are most weights they meet.
+    const auto meets_f32 = [&](const Matrix& w) {
+      return linear.act.bits == 16 || (w.storage != Storage::kQ4 && w.storage != Storage::kQ8);
+    };
+    if (meets_f32(linear.weight) || (linear.branch_a && meets_f32(*linear.branch_a))) {
+      gamma += 3 * 0x1p-18;
+    }
     for (size_t i = static_cast<size_t>(rows * out); i < results[1][which].size(); ++i) {
       ASSERT_EQ(results[1][which][i], kSentinel) << "sentinel";
     }
@@ -296,6 +306,18 @@ TEST_F(Cuda, ManyTilesAgreeWithTheCpu) {
       LinearCase c = {"many tiles", Storage::kQ4, out, 320, 64, act, 128, 64};
       c.two_level_weights = act.two_level;
       compare_linears(cpu(), gpu(), c, 1000, kSeeds[0]);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// The same of f32 inputs, whose rows end inside a tile, and columns inside a stage or not.
+TEST_F(Cuda, ManyTilesOfFloatsAgreeWithTheCpu) {
+  const ActQuant none = {16, 64, 1.0f, ActCodes::kSymmetric};
+  for (Storage storage :
+       {Storage::kF32, Storage::kF16, Storage::kBF16, Storage::kQ4, Storage::kQ8}) {
+    for (const auto& [out, in] : {std::pair<int64_t, int64_t>{2100, 320}, {4100, 328}}) {
+      compare_linears(cpu(), gpu(), {"many tiles", storage, out, in, 64, none}, 1000, kSeeds[0]);
       if (HasFatalFailure()) return;
     }
   }

@@ -367,10 +367,47 @@ TEST_F(Cuda, AttentionOfManyRowsAgreesWithTheCpu) {
   compare_attention(cpu(), gpu(), {12, 4, 128, 16, steps}, 7);
   compare_attention(cpu(), gpu(), {2, 2, 128, 16, steps}, 8);
   compare_attention(cpu(), gpu(), {5, 1, 80, 16, steps}, 9);
-  for (int kv_bits : {8, 4}) {
+  for (int kv_bits : {32, 8, 4}) {
     compare_attention(cpu(), gpu(), {12, 4, 64, kv_bits, steps}, 10);
     compare_attention(cpu(), gpu(), {5, 1, 128, kv_bits, steps}, 11);
     compare_attention(cpu(), gpu(), {2, 2, 104, kv_bits, steps}, 12);
+  }
+}
+
+// Numbers that only their last bits tell apart: many rows multiply floats as two parts of 16 bits.
+TEST_F(Cuda, AttentionOfFloatsKeepsTheirLastBits) {
+  const int64_t rows = 90;
+  // Scores q.k / 8 tell keys apart by the last bits of q and k (both exact in f32, as are their
+  // products), or weights and values need theirs. A score is off by less than |q||k| 2^-22 / 8,
+  // a sum by 2^-21 of the largest value; without one of the parts either is off by 0.02 of it.
+  for (const bool wide_scores : {true, false}) {
+    for (const int64_t dim : {64, 128}) {
+      SCOPED_TRACE(testing::Message() << "scores " << wide_scores << ", head_dim " << dim);
+      const Config config = attention_config(1, 1, dim);
+      std::vector<float> q(static_cast<size_t>(rows * dim)), k = q, v = q;
+      for (int64_t row = 0; row < rows; ++row) {
+        const auto at = static_cast<size_t>(row * dim);
+        const auto number = [](int64_t n) { return static_cast<float>(n); };
+        q[at] = 1.0f + (wide_scores ? number(row % 3) * 0x1p-11f : 0.0f);
+        q[at + 1] = -1.0f;
+        k[at + 1] = wide_scores ? number(1024 * (row % 5)) : 0.0f;
+        k[at] = k[at + 1] + number(row % 7);
+        for (int64_t i = 0; i < dim; ++i) {
+          const float size = wide_scores ? 1.0f : 1000.0f + number(row + i) / 64;
+          v[at + static_cast<size_t>(i)] = row % 2 ? -size : size;
+        }
+      }
+      std::vector<float> results[2];
+      for (Backend* backend : {&cpu(), &gpu()}) {
+        const auto cache = backend->make_kv_cache(config, rows, 32);
+        const BufferPtr out = backend->alloc(rows * dim);
+        backend->attention(*to_device(*backend, q), *to_device(*backend, k),
+                           *to_device(*backend, v), config, *cache, 1, 0, rows, *out);
+        results[backend == &gpu()] = to_host(*backend, *out, rows * dim);
+      }
+      const double bound = wide_scores ? 1e-3 : 5e-3;
+      expect_near(results[1], results[0], [&](size_t) { return bound; });
+    }
   }
 }
 

@@ -1,0 +1,283 @@
+// dense_wgmma - products of many rows with weights that meet f32 inputs, on Hopper, by wgmma.
+//
+// dense_wgmma - y (+)= x W^T
+// Shapes    W [out, in] in the file's layout, any storage; x [m, in], y [m, out] f32
+// Work      a block 256 rows of W x 128 rows of x (128 x 128 or 128 x 64 where that fills the
+//           device better), 64 columns a stage. A warpgroup of 128 threads loads both, splits them
+//           into bf16 parts (dense_columns.cuh) and fills a ring of stages in shared memory; two
+//           others multiply, each half of the rows of W: both operands from shared memory. f32 x
+//           bf16 takes two products of parts, all else three
+// Memory    a stage: 32 KB of bf16 weights and 32 KB of x for 2^21 products, from the second-level
+//           cache. Bound: 2048 clocks of tensor cores a stage (bf16 weights), beside some 300
+//           instructions of each of 4 warps that fill it
+// Constants 128 sums a thread that multiplies, 128 registers of columns under way a thread that
+//           loads: both fit the 168 that 384 threads have
+// Requires  sm_90a; tails are guarded
+// Error     as dense_gemm.cu's; sums of wgmma are cut, not rounded, to 2^-23:
+//           (3 * 2^-18 + 2 gamma_(in + 2)) |x||w|; tests/test_cuda_linears.cpp
+#include <algorithm>
+
+#include "cuda/dense_columns.cuh"
+#include "cuda/device.cuh"
+#include "cuda/wgmma.cuh"
+#include "model/error.h"
+
+namespace tq::cuda {
+namespace {
+
+constexpr int kCols = 64, kWarpgroup = 128;
+constexpr int kConsumers = 2 * kWarpgroup, kProducers = 2 * kWarpgroup;
+constexpr int kThreads = kConsumers + kProducers;
+
+// kBlocks: 64-row blocks of W of a warpgroup; kTokens: rows of x of a block of threads.
+template <Storage kStorage_, bool kAligned, int kBlocks_, int kTokens_>
+struct Shape {
+  static constexpr Storage kStorage = kStorage_;
+  static constexpr int kBlocks = kBlocks_, kTokens = kTokens_, kRows = 2 * kBlocks * 64;
+  static constexpr bool kCut = kTokens == 64;  // the columns may be, between blocks of a cluster
+  using Weights = Tile<kStorage, kAligned, kRows, kCols, kProducers>;
+  using Inputs = Tile<Storage::kF32, kAligned, kTokens, kCols, kProducers>;
+  static constexpr int kStageBytes = Weights::kBytes + Inputs::kBytes;
+  static constexpr int kStages = std::min(4, (224 << 10) / kStageBytes);
+};
+
+template <typename S>
+struct Shared {
+  alignas(1024) uint8_t stages[S::kStages][S::kStageBytes];
+  Barrier full[S::kStages], free[S::kStages];
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the kernel is empty
+
+// d += A B for a warpgroup, in the background: A [64, 16], B [16, 2 x registers of d] bf16 in
+// shared memory, K along their rows there; d as in wgmma().
+__device__ inline void wgmma_bf16(float (&d)[32], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %34, 0; "
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 0, 0; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ inline void wgmma_bf16(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %66, 0; "
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1, 0, 0; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),
+        "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
+        "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
+        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
+        "+f"(d[63])
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+// Stages [begin, end) of 64 columns, by a producer.
+template <typename S>
+__device__ inline void fill(const DenseJob& job, Shared<S>& shared, int64_t first_row,
+                            int64_t first_token, int begin, int end) {
+  const int thread = threadIdx.x - kConsumers;
+  const CanonicalView x = rows_view(job.x, job.rows, job.w.cols);
+  typename S::Weights weights(job.w, first_row, thread);
+  typename S::Inputs inputs(x, first_token, thread);
+  for (int index = begin; index < end; ++index) {
+    const int slot = (index - begin) % S::kStages, round = (index - begin) / S::kStages;
+    weights.load(index * kCols);
+    inputs.load(index * kCols);
+    if (round > 0) shared.free[slot].wait((round - 1) % 2);
+    weights.store(shared.stages[slot]);
+    inputs.store(shared.stages[slot] + S::Weights::kBytes);
+    publish_writes();
+    shared.full[slot].arrive();
+  }
+}
+
+template <typename S>
+struct Warpgroup {
+  float sums[S::kBlocks][S::kTokens / 2];
+
+  __device__ void multiply(const uint8_t* stage, bool add) {
+    constexpr int kParts = S::Weights::kParts;
+    const int first = threadIdx.x / kWarpgroup * S::kBlocks;
+    const uint64_t w = swizzled_rows(stage), x = swizzled_rows(stage + S::Weights::kBytes);
+    const auto part_of_w = [&](int part, int block) {
+      return w + (part * S::kRows + (first + block) * 64) * 8;
+    };
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < kCols / 16; ++step) {
+#pragma unroll
+      for (int block = 0; block < S::kBlocks; ++block) {
+#pragma unroll
+        for (int w_part = kParts - 1; w_part >= 0; --w_part) {
+#pragma unroll
+          for (int x_part = 1 - w_part; x_part >= 0; --x_part) {
+            wgmma_bf16(sums[block], part_of_w(w_part, block) + step * 2,
+                       x + x_part * S::kTokens * 8 + step * 2,
+                       add || step > 0 || w_part + 1 < kParts || w_part + x_part < 1);
+          }
+        }
+      }
+    }
+    wgmma_commit();
+  }
+};
+
+__device__ inline void sync_cluster() {
+  arrive_at_cluster();
+  wait_for_cluster();
+}
+
+// The blocks of a cluster have a part of the columns each. Adds their sums, in order, through
+// shared memory; a block does so for, and calls store(first token, sums) with, 8 tokens at a time.
+template <typename S, typename Store>
+__device__ inline void add_parts(Shared<S>& shared, const float (&sums)[S::kTokens / 2], int part,
+                                 int n_parts, const Store& store) {
+  auto* shelf = reinterpret_cast<float(*)[kConsumers]>(shared.stages);
+  static_assert(sizeof(shared.stages) >= sizeof(*shelf) * (S::kTokens / 2));
+  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");  // nobody multiplies any more
+#pragma unroll
+  for (int i = 0; i < S::kTokens / 2; ++i) shelf[i][threadIdx.x] = sums[i];
+  sync_cluster();
+  for (int tokens = part * 8; tokens < S::kTokens; tokens += n_parts * 8) {
+    float total[4] = {};
+    for (int from = 0; from < n_parts; ++from) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        total[i] += load_from_cluster(&shelf[tokens / 2 + i][threadIdx.x], from);
+      }
+    }
+    store(tokens, total);
+  }
+  sync_cluster();  // until then others read here
+}
+
+template <typename S>
+__device__ inline void run(const DenseJob& job, int n_parts) {
+  extern __shared__ __align__(1024) uint8_t bytes[];
+  auto& shared = *reinterpret_cast<Shared<S>*>(bytes);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kStages; ++i) {
+      shared.full[i].init(kProducers);
+      shared.free[i].init(kConsumers);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  begin_kernel();
+  const int part = S::kCut ? blockIdx.x % n_parts : 0;
+  const int64_t first_row = blockIdx.y * int64_t{S::kRows};
+  const int64_t first_token = blockIdx.x / (S::kCut ? n_parts : 1) * int64_t{S::kTokens};
+  const int n_stages = static_cast<int>((job.w.cols + kCols - 1) / kCols);
+  const int begin = S::kCut ? n_stages * part / n_parts : 0;
+  const int end = S::kCut ? n_stages * (part + 1) / n_parts : n_stages;
+  if (threadIdx.x >= kConsumers) {
+    give_registers<96>();
+    fill(job, shared, first_row, first_token, begin, end);
+    if (S::kCut && n_parts > 1) {  // as in add_parts()
+      sync_cluster();
+      sync_cluster();
+    }
+    return;
+  }
+  take_registers<160>();
+  Warpgroup<S> warpgroup;
+  for (int index = 0; index < end - begin; ++index) {
+    shared.full[index % S::kStages].wait(index / S::kStages % 2);
+    warpgroup.multiply(shared.stages[index % S::kStages], index > 0);
+    wgmma_wait<1>();
+    if (index > 0) shared.free[(index - 1) % S::kStages].arrive();
+  }
+  wgmma_wait<0>();
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int block = 0; block < S::kBlocks; ++block) {
+    hold(warpgroup.sums[block]);
+    const int64_t row = first_row + (warp / 4 * S::kBlocks + block) * 64 + warp % 4 * 16 + lane / 4;
+    const auto store = [&](int token, auto& sums) {
+      const auto each = [&](const auto& visit) {
+        each_sum(sums, row, job.w.rows, first_token + token, job.rows, visit);
+      };
+      // One after the other, so that no load waits for the one before it.
+      if (job.accumulate) each([&](int64_t at, float& sum) { sum += job.y[at]; });
+      each([&](int64_t at, float& sum) { job.y[at] = sum; });
+    };
+    if constexpr (S::kCut) {
+      if (n_parts > 1) return add_parts(shared, warpgroup.sums[block], part, n_parts, store);
+    }
+    store(0, warpgroup.sums[block]);
+  }
+}
+
+#endif
+
+template <typename S>
+__global__ void __launch_bounds__(kThreads, 1)
+    dense_wgmma_kernel(const __grid_constant__ DenseJob job, int n_parts) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  run<S>(job, n_parts);
+#endif
+}
+
+template <typename S>
+int64_t tiles(const DenseJob& job) {
+  return (job.w.rows + S::kRows - 1) / S::kRows * ((job.rows + S::kTokens - 1) / S::kTokens);
+}
+
+template <typename S>
+void launch_shape(const DenseJob& job, const Gpu& gpu, unsigned n_parts = 1) {
+  const dim3 grid(static_cast<unsigned>((job.rows + S::kTokens - 1) / S::kTokens) * n_parts,
+                  static_cast<unsigned>((job.w.rows + S::kRows - 1) / S::kRows));
+  launch_clusters(gpu, "dense wgmma", dense_wgmma_kernel<S>, grid, dim3(kThreads),
+                  sizeof(Shared<S>), n_parts, job, static_cast<int>(n_parts));
+}
+
+template <Storage kStorage, bool kAligned>
+void launch_storage(const DenseJob& job, const Gpu& gpu) {
+  using Small = Shape<kStorage, kAligned, 1, 64>;
+  // Few tiles: their columns are cut, into at least 4 stages each.
+  unsigned n_parts = 1;
+  while (n_parts < 8 && tiles<Small>(job) * n_parts * 2 <= gpu.facts.n_sms &&
+         job.w.cols >= n_parts * 2 * 4 * kCols) {
+    n_parts *= 2;
+  }
+  // Columns one by one take as long whatever the shape.
+  if (!kAligned || n_parts > 1) return launch_shape<Small>(job, gpu, n_parts);
+  using Large = Shape<kStorage, true, 2, 128>;
+  using Medium = Shape<kStorage, true, 1, 128>;
+  // Rounds of the device times what a tile takes.
+  const int64_t n_sms = gpu.facts.n_sms;
+  const auto rounds = [&](int64_t count) { return (count + n_sms - 1) / n_sms; };
+  const int64_t large = rounds(tiles<Large>(job)) * 100, medium = rounds(tiles<Medium>(job)) * 55,
+                small = rounds(tiles<Small>(job)) * 33;
+  if (large <= std::min(medium, small)) return launch_shape<Large>(job, gpu);
+  medium <= small ? launch_shape<Medium>(job, gpu) : launch_shape<Small>(job, gpu);
+}
+
+}  // namespace
+
+void launch_dense_wgmma(const DenseJob& job, const Gpu& gpu) {
+  TQ_CHECK(gpu.facts.major == 9 && job.w.rows <= int64_t{128} * 65535);
+  visit_storage(job.w.storage, [&](auto storage) {
+    rows_aligned(job.w, 8) ? launch_storage<storage, true>(job, gpu)
+                           : launch_storage<storage, false>(job, gpu);
+  });
+}
+
+}  // namespace tq::cuda
