@@ -3,7 +3,7 @@
 //
 // dense - y (+)= x W^T in f32
 // Shapes    W [out, in] in the file's layout, any storage; x [m, in], y [m, out] f32
-// Work      few rows (matvec): a warp two to four rows of W, lanes along the columns. More:
+// Work      few rows (matvec): a warp one to four rows of W, lanes along the columns. More:
 //           dense_wgmma.cu or dense_gemm.cu
 // Memory    W once -> DRAM
 // Constants 8 or 16 columns a lane: 16 bytes of 16- or 8-bit weights
@@ -26,29 +26,33 @@ constexpr int kMatvecTokens = 8, kMatvecTokensOfHopper = 4;
 template <Storage kStorage>
 constexpr int kLaneCols = kStorage == Storage::kQ4 || kStorage == Storage::kQ8 ? 16 : 8;
 
-// Rows of W a warp: more loads under way, and x read once for all of them.
-template <int kTokens>
-constexpr int kRowsOfWarp = kTokens == 1 ? 4 : 2;
-
-template <Storage kStorage, int kTokens, bool kAligned>
+// kRows: of W a warp. More of them are more loads under way, and x is read once for all.
+template <Storage kStorage, int kTokens, int kRows, bool kAligned>
 __global__ void __launch_bounds__(256, 2)
     dense_matvec_kernel(const __grid_constant__ DenseJob job) {
-  begin_kernel();
-  constexpr int kRows = kRowsOfWarp<kTokens>;
   const CanonicalView& w = job.w;
   const int64_t row = (blockIdx.x * int64_t{blockDim.x / kWarp} + threadIdx.x / kWarp) * kRows;
-  if (row >= w.rows) return;
   const int lane = threadIdx.x % kWarp;
   float sums[kRows][kTokens] = {};
   constexpr int kCols = kLaneCols<kStorage>;
   const int cols = static_cast<int>(w.cols);
+  using Batch = Columns<kStorage, kCols, kAligned>[kRows];
+  const auto load = [&](Batch& columns, int col) {
+    if (row >= w.rows || col >= cols) return;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) columns[i].load(w, min(row + i, w.rows - 1), col);
+  };
+  // Asked for before the kernel ahead has ended, and then one step before they are needed.
+  Batch next;
+  load(next, lane * kCols);
+  begin_kernel();
+  if (row >= w.rows) return;
 #pragma unroll 2
   for (int col = lane * kCols; col < cols; col += kWarp * kCols) {
-    Columns<kStorage, kCols, kAligned> columns[kRows];
+    Batch columns;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      columns[i].load(w, min(row + i, w.rows - 1), col);
-    }
+    for (int i = 0; i < kRows; ++i) columns[i] = next[i];
+    load(next, col + kWarp * kCols);
 #pragma unroll
     for (int token = 0; token < kTokens; ++token) {
       if (token >= job.rows) break;
@@ -85,13 +89,24 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
-template <Storage kStorage, bool kAligned>
+constexpr int kWarps = 8;  // of a block
+
+template <Storage kStorage, int kTokens, int kRows, bool kAligned>
 void launch_matvec(const DenseJob& job, const Gpu& gpu) {
-  const int64_t rows = 8 * (job.rows == 1 ? kRowsOfWarp<1> : kRowsOfWarp<2>);  // of a block
-  const auto kernel = job.rows == 1 ? dense_matvec_kernel<kStorage, 1, kAligned>
-                                    : dense_matvec_kernel<kStorage, kMatvecTokens, kAligned>;
-  launch_kernel(gpu, "dense matvec", kernel,
-                dim3(static_cast<unsigned>((job.w.rows + rows - 1) / rows)), dim3(256), 0, job);
+  constexpr int64_t kRowsOfBlock = kWarps * kRows;
+  const auto n_blocks = static_cast<unsigned>((job.w.rows + kRowsOfBlock - 1) / kRowsOfBlock);
+  launch_kernel(gpu, "dense matvec", dense_matvec_kernel<kStorage, kTokens, kRows, kAligned>,
+                dim3(n_blocks), dim3(kWarps * kWarp), 0, job);
+}
+
+template <Storage kStorage, bool kAligned>
+void launch_few(const DenseJob& job, const Gpu& gpu) {
+  if (job.rows > 1) return launch_matvec<kStorage, kMatvecTokens, 2, kAligned>(job, gpu);
+  // As many rows a warp as leave work for every multiprocessor.
+  const int64_t warps = int64_t{kWarps} * gpu.facts.n_sms;
+  if (job.w.rows >= 8 * warps) return launch_matvec<kStorage, 1, 4, kAligned>(job, gpu);
+  job.w.rows >= 2 * warps ? launch_matvec<kStorage, 1, 2, kAligned>(job, gpu)
+                          : launch_matvec<kStorage, 1, 1, kAligned>(job, gpu);
 }
 
 // One thread an output: integers inside a group, one fma a group in ascending order, as
@@ -133,8 +148,8 @@ void launch_dense(const DenseJob& job, const Gpu& gpu) {
     return hopper ? launch_dense_wgmma(job, gpu) : launch_dense_gemm(job, gpu);
   }
   visit_storage(job.w.storage, [&](auto storage) {
-    rows_aligned(job.w, kLaneCols<storage>) ? launch_matvec<storage, true>(job, gpu)
-                                            : launch_matvec<storage, false>(job, gpu);
+    rows_aligned(job.w, kLaneCols<storage>) ? launch_few<storage, true>(job, gpu)
+                                            : launch_few<storage, false>(job, gpu);
   });
 }
 

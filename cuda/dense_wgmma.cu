@@ -139,11 +139,6 @@ struct Warpgroup {
   }
 };
 
-__device__ inline void sync_cluster() {
-  arrive_at_cluster();
-  wait_for_cluster();
-}
-
 // The blocks of a cluster have a part of the columns each. Adds their sums, in order, through
 // shared memory; a block does so for, and calls store(first token, sums) with, 8 tokens at a time.
 template <typename S, typename Store>

@@ -161,6 +161,10 @@ __device__ inline void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
+__device__ inline void sync_cluster() {
+  arrive_at_cluster();
+  wait_for_cluster();
+}
 /// Four bytes to where `at` is in the shared memory of block `rank` of the cluster.
 template <typename T>
 __device__ void store_in_cluster(T* at, int rank, T value) {

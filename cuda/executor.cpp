@@ -167,13 +167,6 @@ class LinearsPlan {
     down.x = main.x = rounding.rows;
     down.before = main.before = rounding.before;
     down.rows = main.rows = op_.rows;
-    std::vector<RowsJob> narrow;
-    // The parts of x' A^T are added when h is rounded.
-    int n_branches = 0;
-    for (int i = 0; i < op_.n_linears; ++i) {
-      n_branches += takes(*op_.linears[i], rounding) && op_.linears[i]->branch_a;
-    }
-    const int64_t most_parts = n_branches == 0 ? 1 : kMaxLinears / n_branches;
     for (int i = 0; i < op_.n_linears; ++i) {
       const CudaLinear& linear = *op_.linears[i];
       if (!takes(linear, rounding)) continue;
@@ -182,40 +175,60 @@ class LinearsPlan {
       segment.y = stream_ && !output_wanted_ ? nullptr : op_.outs[i];
       segment.stream = stream_;
       if (!linear.branch_a) continue;
-      const FragmentView& a = linear.branch_a->fragments();
-      const std::vector<int32_t> parts =
-          column_parts(a.padded_cols / kBlockCols, most_parts, op_.rows);
-      RowsJob job = plain_rows(nullptr, op_.rows, linear.rank());
-      job.n_parts = std::ssize(parts) - 1;
-      float* h = arena_.take<float>(job.n_parts * op_.rows * linear.rank());
+      PackedSegment& factor = down.segments[down.n_segments++];
+      factor.w = linear.branch_a->fragments();
+      factor.narrow = plain_rows(nullptr, op_.rows, linear.rank());
+      add_rounding(factor.narrow, linear.branch_act, gpu_, arena_);
+      segment.b = linear.branch_b->fragments();
+      segment.h = factor.narrow.rounded;
+    }
+    if (takes_down_two_level(down, gpu_)) {
+      if (launching()) launch_down_two_level(down, gpu_);
+    } else if (down.n_segments > 0) {
+      run_down(down, main);
+    }
+    launch(main);
+  }
+
+  // Every x' A^T in parts, which are added when h is rounded: by the product if it can.
+  void run_down(const PackedJob& down, PackedJob& main) {
+    PackedJob parts = down;
+    parts.n_segments = 0;
+    std::vector<RowsJob> narrow;
+    int which = 0;
+    for (int i = 0; i < main.n_segments; ++i) {
+      if (main.segments[i].b.n_panels == 0) continue;
+      const FragmentView& a = down.segments[which].w;
+      RowsJob job = down.segments[which++].narrow;
+      const std::vector<int32_t> cuts =
+          column_parts(a.padded_cols / kBlockCols, kMaxLinears / down.n_segments, op_.rows);
+      job.n_parts = std::ssize(cuts) - 1;
+      float* h = arena_.take<float>(job.n_parts * op_.rows * job.cols);
       job.x = h;
       for (int64_t part = 0; part < job.n_parts; ++part) {
-        PackedSegment& factor = down.segments[down.n_segments++];
+        PackedSegment& factor = parts.segments[parts.n_segments++];
+        factor = {};
         factor.w = a;
-        factor.y = h + part * op_.rows * linear.rank();
+        factor.y = h + part * op_.rows * job.cols;
         const size_t at = static_cast<size_t>(part);
-        factor.first_block = parts[at];
-        factor.n_blocks = parts[at + 1] - parts[at];
+        factor.first_block = cuts[at];
+        factor.n_blocks = cuts[at + 1] - cuts[at];
       }
-      add_rounding(job, linear.branch_act, gpu_, arena_);
-      segment.b = linear.branch_b->fragments();
-      segment.h = job.rounded;
       if (matvec_rounds_narrow(job)) {
-        segment.narrow = job;
+        main.segments[i].narrow = job;
       } else {
         narrow.push_back(job);
       }
     }
-    launch(down);
+    launch(parts);
     if (op_.rows == 1 && narrow.empty()) {
-      for (int i = 0; i < down.n_segments; ++i) {
-        main.blocks_ahead += static_cast<int32_t>(down.segments[i].w.n_panels);
+      for (int i = 0; i < parts.n_segments; ++i) {
+        main.blocks_ahead += static_cast<int32_t>(parts.segments[i].w.n_panels);
       }
     }
     for (const RowsJob& job : narrow) {
       if (launching()) launch_rows(job, gpu_);
     }
-    launch(main);
   }
 
   // One product with any matrix. `rounded` null: the input is f32.

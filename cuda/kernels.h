@@ -132,7 +132,8 @@ struct PackedSegment {
   FragmentView w;
   FragmentView b;  // n_panels 0: no low-rank component
   RoundedRows h;
-  RowsJob narrow;   // of one row, with bits below 16: h is made of this by the product itself
+  RowsJob narrow;   // of one row, with bits below 16: h is made of this by the product itself;
+                    // in launch_down_two_level(): how the outputs, h, are rounded
   float* y;         // null: only the stream is wanted
   bool accumulate;  // y +=
   float* stream;    // [m, out] += y, or null: the residual stream
@@ -166,6 +167,9 @@ void launch_packed_gemm(const PackedJob& job, const Gpu& gpu);
 void launch_twin_gemm(const PackedJob& job, const Gpu& gpu);
 bool takes_two_level(const PackedJob& job, const Gpu& gpu);
 void launch_twin_gemm_two_level(const PackedJob& job, const Gpu& gpu);
+/// x' A^T of many rows and its rounding, w of every segment being A; no other field but narrow.
+bool takes_down_two_level(const PackedJob& job, const Gpu& gpu);
+void launch_down_two_level(const PackedJob& job, const Gpu& gpu);
 
 /// cos and sin of positions [0, n): angles [n, half] of (cos, sin), as cpu/ops.h defines them.
 void launch_rope_angles(const float* inv_freq, int64_t half, float factor, int64_t n,

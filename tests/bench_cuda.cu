@@ -234,32 +234,39 @@ void bench_packed(Bench& bench, const Shape& shape, int64_t rows, int64_t group,
     job.x = x.job.rounded;
     job.rows = rows;
     job.n_segments = 1;
+    // As the executor does.
+    PackedSegment main = {};
     if (rank > 0) {
-      // As the executor does.
-      const std::vector<int32_t> parts =
-          column_parts(a[at].view.padded_cols / kBlockCols, kMaxLinears, rows);
-      job.n_segments = static_cast<int>(parts.size()) - 1;
-      for (int part = 0; part < job.n_segments; ++part) {
-        PackedSegment& segment = job.segments[part];
-        segment.w = a[at].view;
-        segment.y = narrow.as<float>() + part * rows * rank;
-        segment.first_block = parts[static_cast<size_t>(part)];
-        segment.n_blocks = parts[static_cast<size_t>(part) + 1] - segment.first_block;
-      }
-      launch(job);
-      h.job.n_parts = job.n_segments;
-      PackedSegment main = {};
       main.b = b[at].view;
       main.h = h.job.rounded;
-      if (matvec_rounds_narrow(h.job)) {
-        main.narrow = h.job;
-        job.blocks_ahead = job.n_segments * static_cast<int32_t>(a[at].view.n_panels);
+      PackedJob down = job;
+      down.segments[0].w = a[at].view;
+      down.segments[0].narrow = h.job;
+      if (takes_down_two_level(down, bench.gpu)) {
+        launch_down_two_level(down, bench.gpu);
       } else {
-        launch_rows(h.job, bench.gpu);
+        const std::vector<int32_t> parts =
+            column_parts(a[at].view.padded_cols / kBlockCols, kMaxLinears, rows);
+        down.n_segments = static_cast<int>(parts.size()) - 1;
+        for (int part = 0; part < down.n_segments; ++part) {
+          PackedSegment& segment = down.segments[part];
+          segment = {};
+          segment.w = a[at].view;
+          segment.y = narrow.as<float>() + part * rows * rank;
+          segment.first_block = parts[static_cast<size_t>(part)];
+          segment.n_blocks = parts[static_cast<size_t>(part) + 1] - segment.first_block;
+        }
+        launch(down);
+        h.job.n_parts = down.n_segments;
+        if (matvec_rounds_narrow(h.job)) {
+          main.narrow = h.job;
+          job.blocks_ahead = down.n_segments * static_cast<int32_t>(a[at].view.n_panels);
+        } else {
+          launch_rows(h.job, bench.gpu);
+        }
       }
-      job.segments[0] = main;
-      job.n_segments = 1;
     }
+    job.segments[0] = main;
     job.segments[0].w = r[at].view;
     job.segments[0].y = y.as<float>();
     launch(job);

@@ -51,6 +51,12 @@ void add_two_level_cases(std::vector<LinearCase>& cases) {
     const ActQuant act = {4, 64, 1.0f, ActCodes::kAll};
     add({"two-level branch", Storage::kQ4, 312, 320, 64, act, rank, 64});
   }
+  for (int64_t in : {1100, 4224}) {  // x A^T shared out among blocks of threads
+    for (int64_t rank : {36, 128}) {
+      const ActQuant act = {4, 64, 1.0f, ActCodes::kAll};
+      add({"two-level branch, wide", Storage::kQ4, 48, in, 64, act, rank, 64});
+    }
+  }
   const ActQuant wide = {8, 320, 1.0f, ActCodes::kAll};
   add({"two-level branch, 8 bits", Storage::kQ4, 112, 320, 64, wide, 128, 64});
   LinearCase rotated = {"two-level, Hadamard",        Storage::kQ4, 40, 576, 64,
