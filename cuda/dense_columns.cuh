@@ -102,14 +102,36 @@ struct Columns {
 
 /// Whether whole words can be read: every row and group begins, and rows end, at a multiple of
 /// `count` columns.
-inline bool rows_aligned(const CanonicalView& w, int count) {
-  const bool packed = w.storage == Storage::kQ4 || w.storage == Storage::kQ8;
-  return w.cols % count == 0 && (!packed || w.group % count == 0 || w.group >= w.cols);
+inline bool rows_aligned(const DenseJob& job, int count) {
+  for (int i = 0; i < job.n_segments; ++i) {
+    const CanonicalView& w = job.segments[i].w;
+    const bool packed = w.storage == Storage::kQ4 || w.storage == Storage::kQ8;
+    if (w.cols % count != 0 || (packed && w.group % count != 0 && w.group < w.cols)) return false;
+  }
+  return true;
 }
 
 /// Rows in f32 as a matrix of that storage.
 __device__ inline CanonicalView rows_view(const float* x, int64_t rows, int64_t cols) {
   return {Storage::kF32, rows, cols, 0, 0, cols * 4, reinterpret_cast<const uint8_t*>(x), nullptr};
+}
+
+/// The segment that a tile of rows of all weights belongs to; `tile` becomes its index in there.
+__device__ inline const DenseSegment& segment_of(const DenseJob& job, int64_t& tile,
+                                                 int64_t tile_rows) {
+  const DenseSegment* segment = job.segments;
+  while (tile * tile_rows >= segment->w.rows) {
+    tile -= (segment->w.rows + tile_rows - 1) / tile_rows;
+    ++segment;
+  }
+  return *segment;
+}
+inline int64_t count_row_tiles(const DenseJob& job, int64_t tile_rows) {
+  int64_t n_tiles = 0;
+  for (int i = 0; i < job.n_segments; ++i) {
+    n_tiles += (job.segments[i].w.rows + tile_rows - 1) / tile_rows;
+  }
+  return n_tiles;
 }
 
 /// bf16 parts of a stored number.

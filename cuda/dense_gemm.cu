@@ -1,8 +1,8 @@
 // dense_gemm - products of many rows with weights that meet f32 inputs, by mma.sync on tensor
 // cores: unquantized models, packed matrices whose input is not rounded, the head.
 //
-// dense_gemm - y (+)= x W^T
-// Shapes    W [out, in] in the file's layout, any storage; x [m, in], y [m, out] f32
+// dense_gemm - y_s (+)= x W_s^T for linears s that read the same x
+// Shapes    W_s [out_s, in] in the file's layout, any storage; x [m, in], y_s [m, out_s] f32
 // Work      a block 128 rows of W x 128 rows of x, 32 columns at a time. Its threads load them,
 //           split them into bf16 parts (dense_columns.cuh) and store those to shared memory, while
 //           the columns before are multiplied; a warp has 64 x 32 outputs. f32 x bf16 takes two
@@ -33,12 +33,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   using Weights = Tile<kStorage, kAligned, kTile, kCols, kThreads>;
   using Inputs = Tile<Storage::kF32, kAligned, kTile, kCols, kThreads>;
   begin_kernel();
-  const CanonicalView x = rows_view(job.x, job.rows, job.w.cols);
-  const int64_t first_row = blockIdx.y * int64_t{kTile}, first_token = blockIdx.x * int64_t{kTile};
+  int64_t tile = blockIdx.y;
+  const DenseSegment& segment = segment_of(job, tile, kTile);
+  const CanonicalView x = rows_view(job.x, job.rows, segment.w.cols);
+  const int64_t first_row = tile * kTile, first_token = blockIdx.x * int64_t{kTile};
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warp_row = warp / 4 * 64, warp_token = warp % 4 * 32;
   float sums[4][4][4] = {};  // 16 rows, 8 tokens, as mma_bf16 has them
-  Weights weights(job.w, first_row, threadIdx.x);
+  Weights weights(segment.w, first_row, threadIdx.x);
   Inputs inputs(x, first_token, threadIdx.x);
   const auto load = [&](int col) {
     weights.load(col);
@@ -51,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   load(0);
   store(0);
   __syncthreads();
-  const int cols = static_cast<int>(job.w.cols);
+  const int cols = static_cast<int>(segment.w.cols);
   for (int col = 0, stage = 0; col < cols; col += kCols, stage ^= 1) {
     const bool more = col + kCols < cols;
     if (more) load(col + kCols);
@@ -97,8 +99,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int k = 0; k < 4; ++k) {
         const int64_t row = first_row + warp_row + i * 16 + lane / 4 + k / 2 * 8;
         const int64_t token = first_token + warp_token + j * 8 + lane % 4 * 2 + k % 2;
-        if (row >= job.w.rows || token >= job.rows) continue;
-        float& y = job.y[token * job.w.rows + row];
+        if (row >= segment.w.rows || token >= job.rows) continue;
+        float& y = segment.y[token * segment.w.rows + row];
         y = job.accumulate ? y + sums[i][j][k] : sums[i][j][k];
       }
     }
@@ -107,18 +109,19 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <Storage kStorage>
 void launch_storage(const DenseJob& job, const Gpu& gpu) {
-  const auto kernel = rows_aligned(job.w, 8) ? dense_gemm_kernel<kStorage, true>
-                                             : dense_gemm_kernel<kStorage, false>;
+  const auto kernel =
+      rows_aligned(job, 8) ? dense_gemm_kernel<kStorage, true> : dense_gemm_kernel<kStorage, false>;
   const dim3 grid(static_cast<unsigned>((job.rows + kTile - 1) / kTile),
-                  static_cast<unsigned>((job.w.rows + kTile - 1) / kTile));
+                  static_cast<unsigned>(count_row_tiles(job, kTile)));
   launch_kernel(gpu, "dense gemm", kernel, grid, dim3(kThreads), 2 * kStageBytes, job);
 }
 
 }  // namespace
 
 void launch_dense_gemm(const DenseJob& job, const Gpu& gpu) {
-  TQ_CHECK(job.w.rows <= int64_t{kTile} * 65535);
-  visit_storage(job.w.storage, [&](auto storage) { launch_storage<storage>(job, gpu); });
+  TQ_CHECK(count_row_tiles(job, kTile) < 65536);
+  visit_storage(job.segments[0].w.storage,
+                [&](auto storage) { launch_storage<storage>(job, gpu); });
 }
 
 }  // namespace tq::cuda

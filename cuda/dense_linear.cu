@@ -1,8 +1,8 @@
 // dense_linear - products with weights that meet f32 inputs: unquantized models, 16-bit factors,
 // the head, packed matrices whose input is not rounded.
 //
-// dense - y (+)= x W^T in f32
-// Shapes    W [out, in] in the file's layout, any storage; x [m, in], y [m, out] f32
+// dense - y_s (+)= x W_s^T in f32 for linears s that read the same x
+// Shapes    W_s [out_s, in] in the file's layout, any storage; x [m, in], y_s [m, out_s] f32
 // Work      few rows (matvec): a warp one to four rows of W, lanes along the columns. More:
 //           dense_wgmma.cu or dense_gemm.cu
 // Memory    W once -> DRAM
@@ -26,12 +26,16 @@ constexpr int kMatvecTokens = 8, kMatvecTokensOfHopper = 4;
 template <Storage kStorage>
 constexpr int kLaneCols = kStorage == Storage::kQ4 || kStorage == Storage::kQ8 ? 16 : 8;
 
+constexpr int kWarps = 8;  // of a block
+
 // kRows: of W a warp. More of them are more loads under way, and x is read once for all.
 template <Storage kStorage, int kTokens, int kRows, bool kAligned>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
     dense_matvec_kernel(const __grid_constant__ DenseJob job) {
-  const CanonicalView& w = job.w;
-  const int64_t row = (blockIdx.x * int64_t{blockDim.x / kWarp} + threadIdx.x / kWarp) * kRows;
+  int64_t tile = blockIdx.x;
+  const DenseSegment& segment = segment_of(job, tile, kWarps * kRows);
+  const CanonicalView& w = segment.w;
+  const int64_t row = (tile * kWarps + threadIdx.x / kWarp) * kRows;
   const int lane = threadIdx.x % kWarp;
   float sums[kRows][kTokens] = {};
   constexpr int kCols = kLaneCols<kStorage>;
@@ -83,18 +87,15 @@ __global__ void __launch_bounds__(256, 2)
     for (int token = 0; token < kTokens; ++token) {
       if (token >= job.rows) break;
       const float sum = warp_sum(sums[i][token]);
-      float& y = job.y[token * w.rows + row + i];
+      float& y = segment.y[token * w.rows + row + i];
       if (lane == 0) y = job.accumulate ? y + sum : sum;
     }
   }
 }
 
-constexpr int kWarps = 8;  // of a block
-
 template <Storage kStorage, int kTokens, int kRows, bool kAligned>
 void launch_matvec(const DenseJob& job, const Gpu& gpu) {
-  constexpr int64_t kRowsOfBlock = kWarps * kRows;
-  const auto n_blocks = static_cast<unsigned>((job.w.rows + kRowsOfBlock - 1) / kRowsOfBlock);
+  const auto n_blocks = static_cast<unsigned>(count_row_tiles(job, kWarps * kRows));
   launch_kernel(gpu, "dense matvec", dense_matvec_kernel<kStorage, kTokens, kRows, kAligned>,
                 dim3(n_blocks), dim3(kWarps * kWarp), 0, job);
 }
@@ -103,10 +104,10 @@ template <Storage kStorage, bool kAligned>
 void launch_few(const DenseJob& job, const Gpu& gpu) {
   if (job.rows > 1) return launch_matvec<kStorage, kMatvecTokens, 2, kAligned>(job, gpu);
   // As many rows a warp as leave work for every multiprocessor.
-  const int64_t warps = int64_t{kWarps} * gpu.facts.n_sms;
-  if (job.w.rows >= 8 * warps) return launch_matvec<kStorage, 1, 4, kAligned>(job, gpu);
-  job.w.rows >= 2 * warps ? launch_matvec<kStorage, 1, 2, kAligned>(job, gpu)
-                          : launch_matvec<kStorage, 1, 1, kAligned>(job, gpu);
+  const int64_t rows_of_warp = count_row_tiles(job, 1) / (int64_t{kWarps} * gpu.facts.n_sms);
+  if (rows_of_warp >= 8) return launch_matvec<kStorage, 1, 4, kAligned>(job, gpu);
+  rows_of_warp >= 2 ? launch_matvec<kStorage, 1, 2, kAligned>(job, gpu)
+                    : launch_matvec<kStorage, 1, 1, kAligned>(job, gpu);
 }
 
 // One thread an output: integers inside a group, one fma a group in ascending order, as
@@ -141,15 +142,21 @@ __global__ void packed_simple_kernel(const __grid_constant__ PackedSimpleJob job
 }  // namespace
 
 void launch_dense(const DenseJob& job, const Gpu& gpu) {
-  TQ_CHECK(job.w.data && job.w.cols < int64_t{1} << 22);
+  TQ_CHECK(job.n_segments > 0 && job.n_segments <= kMaxLinears);
+  const CanonicalView& first = job.segments[0].w;
+  for (int i = 0; i < job.n_segments; ++i) {
+    const CanonicalView& w = job.segments[i].w;
+    TQ_CHECK(w.data && w.storage == first.storage && w.cols == first.cols &&
+             w.cols < int64_t{1} << 22);
+  }
   if (job.rows == 0) return;
   const bool hopper = gpu.facts.major == 9;
   if (job.rows > (hopper ? kMatvecTokensOfHopper : kMatvecTokens)) {
     return hopper ? launch_dense_wgmma(job, gpu) : launch_dense_gemm(job, gpu);
   }
-  visit_storage(job.w.storage, [&](auto storage) {
-    rows_aligned(job.w, kLaneCols<storage>) ? launch_few<storage, true>(job, gpu)
-                                            : launch_few<storage, false>(job, gpu);
+  visit_storage(first.storage, [&](auto storage) {
+    rows_aligned(job, kLaneCols<storage>) ? launch_few<storage, true>(job, gpu)
+                                          : launch_few<storage, false>(job, gpu);
   });
 }
 

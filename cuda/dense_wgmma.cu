@@ -1,20 +1,24 @@
 // dense_wgmma - products of many rows with weights that meet f32 inputs, on Hopper, by wgmma.
 //
-// dense_wgmma - y (+)= x W^T
-// Shapes    W [out, in] in the file's layout, any storage; x [m, in], y [m, out] f32
+// dense_wgmma - y_s (+)= x W_s^T for linears s that read the same x
+// Shapes    W_s [out_s, in] in the file's layout, any storage; x [m, in], y_s [m, out_s] f32
 // Work      a block 256 rows of W x 128 rows of x (128 x 128 or 128 x 64 where that fills the
-//           device better), 64 columns a stage. A warpgroup of 128 threads loads both, splits them
-//           into bf16 parts (dense_columns.cuh) and fills a ring of stages in shared memory; two
+//           device better), 64 columns a stage. Two warpgroups of 128 threads load both, split them
+//           into bf16 parts (dense_columns.cuh) and fill a ring of stages in shared memory; two
 //           others multiply, each half of the rows of W: both operands from shared memory. f32 x
-//           bf16 takes two products of parts, all else three
+//           bf16 takes two products of parts, all else three. Few tiles share out their columns
+//           among the blocks of a cluster, which add their sums through shared memory
 // Memory    a stage: 32 KB of bf16 weights and 32 KB of x for 2^21 products, from the second-level
-//           cache. Bound: 2048 clocks of tensor cores a stage (bf16 weights), beside some 300
-//           instructions of each of 4 warps that fill it
-// Constants 128 sums a thread that multiplies, 128 registers of columns under way a thread that
-//           loads: both fit the 168 that 384 threads have
+//           cache. Bound: 2048 clocks of tensor cores a stage (bf16 weights), beside some 330
+//           instructions of each of the 8 warps that fill it
+// Constants 128 sums a thread that multiplies, of 160 registers; 64 registers of columns under way
+//           a thread that loads, of 96
 // Requires  sm_90a; tails are guarded
 // Error     as dense_gemm.cu's; sums of wgmma are cut, not rounded, to 2^-23:
 //           (3 * 2^-18 + 2 gamma_(in + 2)) |x||w|; tests/test_cuda_linears.cpp
+// Measured  H100, `bench_cuda dense`, 2026-11-28: 300 TFLOP/s of bf16 weights at 512 rows or more,
+//           two products each, 190 to 205 of others; cuBLASLt's single product of inputs rounded to
+//           bf16 has 790. More in docs/results.md
 #include <algorithm>
 
 #include "cuda/dense_columns.cuh"
@@ -90,11 +94,10 @@ __device__ inline void wgmma_bf16(float (&d)[64], uint64_t a, uint64_t b, bool a
 
 // Stages [begin, end) of 64 columns, by a producer.
 template <typename S>
-__device__ inline void fill(const DenseJob& job, Shared<S>& shared, int64_t first_row,
-                            int64_t first_token, int begin, int end) {
+__device__ inline void fill(const CanonicalView& w, const CanonicalView& x, Shared<S>& shared,
+                            int64_t first_row, int64_t first_token, int begin, int end) {
   const int thread = threadIdx.x - kConsumers;
-  const CanonicalView x = rows_view(job.x, job.rows, job.w.cols);
-  typename S::Weights weights(job.w, first_row, thread);
+  typename S::Weights weights(w, first_row, thread);
   typename S::Inputs inputs(x, first_token, thread);
   for (int index = begin; index < end; ++index) {
     const int slot = (index - begin) % S::kStages, round = (index - begin) / S::kStages;
@@ -177,14 +180,17 @@ __device__ inline void run(const DenseJob& job, int n_parts) {
   __syncthreads();
   begin_kernel();
   const int part = S::kCut ? blockIdx.x % n_parts : 0;
-  const int64_t first_row = blockIdx.y * int64_t{S::kRows};
+  int64_t tile = blockIdx.y;
+  const DenseSegment& segment = segment_of(job, tile, S::kRows);
+  const int64_t first_row = tile * S::kRows;
   const int64_t first_token = blockIdx.x / (S::kCut ? n_parts : 1) * int64_t{S::kTokens};
-  const int n_stages = static_cast<int>((job.w.cols + kCols - 1) / kCols);
+  const int n_stages = static_cast<int>((segment.w.cols + kCols - 1) / kCols);
   const int begin = S::kCut ? n_stages * part / n_parts : 0;
   const int end = S::kCut ? n_stages * (part + 1) / n_parts : n_stages;
   if (threadIdx.x >= kConsumers) {
     give_registers<96>();
-    fill(job, shared, first_row, first_token, begin, end);
+    fill(segment.w, rows_view(job.x, job.rows, segment.w.cols), shared, first_row, first_token,
+         begin, end);
     if (S::kCut && n_parts > 1) {  // as in add_parts()
       sync_cluster();
       sync_cluster();
@@ -207,11 +213,11 @@ __device__ inline void run(const DenseJob& job, int n_parts) {
     const int64_t row = first_row + (warp / 4 * S::kBlocks + block) * 64 + warp % 4 * 16 + lane / 4;
     const auto store = [&](int token, auto& sums) {
       const auto each = [&](const auto& visit) {
-        each_sum(sums, row, job.w.rows, first_token + token, job.rows, visit);
+        each_sum(sums, row, segment.w.rows, first_token + token, job.rows, visit);
       };
       // One after the other, so that no load waits for the one before it.
-      if (job.accumulate) each([&](int64_t at, float& sum) { sum += job.y[at]; });
-      each([&](int64_t at, float& sum) { job.y[at] = sum; });
+      if (job.accumulate) each([&](int64_t at, float& sum) { sum += segment.y[at]; });
+      each([&](int64_t at, float& sum) { segment.y[at] = sum; });
     };
     if constexpr (S::kCut) {
       if (n_parts > 1) return add_parts(shared, warpgroup.sums[block], part, n_parts, store);
@@ -232,13 +238,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename S>
 int64_t tiles(const DenseJob& job) {
-  return (job.w.rows + S::kRows - 1) / S::kRows * ((job.rows + S::kTokens - 1) / S::kTokens);
+  return count_row_tiles(job, S::kRows) * ((job.rows + S::kTokens - 1) / S::kTokens);
 }
 
 template <typename S>
 void launch_shape(const DenseJob& job, const Gpu& gpu, unsigned n_parts = 1) {
   const dim3 grid(static_cast<unsigned>((job.rows + S::kTokens - 1) / S::kTokens) * n_parts,
-                  static_cast<unsigned>((job.w.rows + S::kRows - 1) / S::kRows));
+                  static_cast<unsigned>(count_row_tiles(job, S::kRows)));
   launch_clusters(gpu, "dense wgmma", dense_wgmma_kernel<S>, grid, dim3(kThreads),
                   sizeof(Shared<S>), n_parts, job, static_cast<int>(n_parts));
 }
@@ -249,7 +255,7 @@ void launch_storage(const DenseJob& job, const Gpu& gpu) {
   // Few tiles: their columns are cut, into at least 4 stages each.
   unsigned n_parts = 1;
   while (n_parts < 8 && tiles<Small>(job) * n_parts * 2 <= gpu.facts.n_sms &&
-         job.w.cols >= n_parts * 2 * 4 * kCols) {
+         job.segments[0].w.cols >= n_parts * 2 * 4 * kCols) {
     n_parts *= 2;
   }
   // Columns one by one take as long whatever the shape.
@@ -268,10 +274,10 @@ void launch_storage(const DenseJob& job, const Gpu& gpu) {
 }  // namespace
 
 void launch_dense_wgmma(const DenseJob& job, const Gpu& gpu) {
-  TQ_CHECK(gpu.facts.major == 9 && job.w.rows <= int64_t{128} * 65535);
-  visit_storage(job.w.storage, [&](auto storage) {
-    rows_aligned(job.w, 8) ? launch_storage<storage, true>(job, gpu)
-                           : launch_storage<storage, false>(job, gpu);
+  TQ_CHECK(gpu.facts.major == 9 && count_row_tiles(job, 128) < 65536);
+  visit_storage(job.segments[0].w.storage, [&](auto storage) {
+    rows_aligned(job, 8) ? launch_storage<storage, true>(job, gpu)
+                         : launch_storage<storage, false>(job, gpu);
   });
 }
 

@@ -115,6 +115,7 @@ class LinearsPlan {
     }
     if (pending && launching()) launch_rows(first, gpu_);
     for (const Rounding& rounding : roundings_) run_packed(rounding);
+    run_dense();
     for (int i = 0; i < op_.n_linears; ++i) run_general(i);
     if (stream_ && !all_fragments(*op_.linears[0]) && launching()) {
       launch_add(stream_, op_.outs[0], op_.rows * op_.linears[0]->out_dim(), gpu_);
@@ -247,18 +248,45 @@ class LinearsPlan {
     } else if (rounded && is_integer(matrix)) {
       launch_packed_simple({matrix.canonical(), *rounded, y, op_.rows, accumulate}, gpu_);
     } else {
-      launch_dense({matrix.canonical(), x, y, op_.rows, accumulate}, gpu_);
+      launch_dense({x, op_.rows, accumulate, 1, {{matrix.canonical(), y}}}, gpu_);
     }
   }
 
-  // A linear that run_packed() does not take, one product after the other.
+  const Rounding* rounding_of(const CudaLinear& linear) const {
+    return linear.rounds_input() ? rounding_of(linear.act) : nullptr;
+  }
+  // Whether the weight meets f32 inputs, rounded or not.
+  bool meets_f32(const CudaLinear& linear) const {
+    return !all_fragments(linear) && (!linear.rounds_input() || !is_integer(*linear.weight));
+  }
+
+  // The products in f32: those that share input and storage in one launch.
+  void run_dense() {
+    std::vector<bool> done(static_cast<size_t>(op_.n_linears));
+    for (int i = 0; i < op_.n_linears; ++i) {
+      DenseJob job = {nullptr, op_.rows, false, 0, {}};
+      for (int j = i; j < op_.n_linears; ++j) {
+        const CudaLinear& linear = *op_.linears[j];
+        const size_t at = static_cast<size_t>(j);
+        if (done[at] || !meets_f32(linear)) continue;
+        const Rounding* rounding = rounding_of(linear);
+        const float* x = rounding ? rounding->expanded : input_;
+        const CanonicalView& w = linear.weight->canonical();
+        if (job.n_segments > 0 && (x != job.x || w.storage != job.segments[0].w.storage)) continue;
+        job.x = x;
+        job.segments[job.n_segments++] = {w, op_.outs[j]};
+        done[at] = true;
+      }
+      if (job.n_segments > 0 && launching()) launch_dense(job, gpu_);
+    }
+  }
+
+  // What is left of a linear that run_packed() does not take, one product after the other.
   void run_general(int i) {
     const CudaLinear& linear = *op_.linears[i];
     if (all_fragments(linear)) return;
-    const Rounding* rounding = linear.rounds_input() ? rounding_of(linear.act) : nullptr;
-    const bool dense = !rounding || !is_integer(*linear.weight);
-    product(*linear.weight, rounding ? &rounding->rows : nullptr,
-            rounding && dense ? rounding->expanded : input_, op_.outs[i], false);
+    const Rounding* rounding = rounding_of(linear);
+    if (!meets_f32(linear)) product(*linear.weight, &rounding->rows, nullptr, op_.outs[i], false);
     if (!linear.branch_a) return;
     float* h = arena_.take<float>(op_.rows * linear.rank());
     // Packed factors read the rounded x and round x A^T, dense ones neither.
@@ -539,7 +567,7 @@ void Executor::run_transform(const Op& op, Arena& arena) {
     if (arena.counting()) return;
     const auto& matrix = op.inverse ? transform.inverse_matrix : transform.forward_matrix;
     launch_copy(op.out, copy, op.rows * op.cols, gpu_);
-    launch_dense({matrix->canonical(), copy, op.out, op.rows, false}, gpu_);
+    launch_dense({copy, op.rows, false, 1, {{matrix->canonical(), op.out}}}, gpu_);
     return;
   }
   RowsJob job = plain_rows(op.out, op.rows, op.cols);

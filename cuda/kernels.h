@@ -102,13 +102,17 @@ constexpr int64_t kMaxTop = 1024;
 int64_t top_scratch(int64_t n, int64_t count);
 void launch_top(const TopJob& job, const Gpu& gpu);
 
-/// y[m, out] (+)= x[m, in] W^T in f32, any storage.
-struct DenseJob {
+/// y_s[m, out_s] (+)= x[m, in] W_s^T in f32, any storage, but the same for all s.
+struct DenseSegment {
   CanonicalView w;
-  const float* x;
   float* y;
+};
+struct DenseJob {
+  const float* x;
   int64_t rows;
   bool accumulate;
+  int32_t n_segments;
+  DenseSegment segments[kMaxLinears];
 };
 /// By the number of rows and the GPU a matvec or one of the two below.
 void launch_dense(const DenseJob& job, const Gpu& gpu);

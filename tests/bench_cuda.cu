@@ -319,7 +319,7 @@ void bench_dense(Bench& bench, const Shape& shape, int64_t rows, Storage storage
                              storage == Storage::kQ8 ? shape.in : shape.in * 2,
                              data[at].as<uint8_t>(),
                              scales[at].as<__half>()};
-    const DenseJob job = {w, x.as<float>(), y.as<float>(), rows, false};
+    const DenseJob job = {x.as<float>(), rows, false, 1, {{w, y.as<float>()}}};
     portable ? launch_dense_gemm(job, bench.gpu) : launch_dense(job, bench.gpu);
   });
   const double tflops = 2.0 * static_cast<double>(rows * count) / us * 1e-6;

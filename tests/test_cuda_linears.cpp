@@ -52,7 +52,7 @@ void add_two_level_cases(std::vector<LinearCase>& cases) {
     add({"two-level branch", Storage::kQ4, 312, 320, 64, act, rank, 64});
   }
   for (int64_t in : {1100, 4224}) {  // x A^T shared out among blocks of threads
-    for (int64_t rank : {36, 128}) {
+    for (int64_t rank : {36, 100, 128}) {
       const ActQuant act = {4, 64, 1.0f, ActCodes::kAll};
       add({"two-level branch, wide", Storage::kQ4, 48, in, 64, act, rank, 64});
     }
