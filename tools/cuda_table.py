@@ -20,7 +20,7 @@ def cell(record):
         return ""
     ratio = record["cublaslt_bf16_us"] / record["us"]
     limit = (f"{100 * record['bandwidth_share']:.0f} %" if record["m"] <= 16
-             else f"{record['tops']:.0f}")
+             else f"{record.get('tops', record.get('tflops')):.0f}")
     return f"{record['us']:.1f} us, {limit}, {ratio:.2f} x"
 
 
@@ -31,7 +31,21 @@ def render(report):
         chosen = [r for r in products if r.get("two_level", False) == two_level]
         if chosen:
             lines += ["", title, ""] + table(chosen)
+    lines += ["", "Weights that meet f32 inputs:", ""]
+    lines += dense_table([r for r in report["kernels"] if r["kernel"] == "dense"])
     return "\n".join(lines + [END])
+
+
+def dense_table(products):
+    of = {(r["matrix"], r["m"], r["storage"], r["portable"]): r for r in products}
+    lines = ["| matrix | m | cuBLASLt, inputs rounded to bf16, us | bf16 | f16 | 8 bits "
+             "| bf16, by mma.sync |", "|---|---|---|---|---|---|---|"]
+    for matrix, m in dict.fromkeys((r["matrix"], r["m"]) for r in products):
+        cells = [matrix, str(m), f"{of[matrix, m, 'bf16', False]['cublaslt_bf16_us']:.1f}"]
+        cells += [cell(of.get((matrix, m, *which))) for which in
+                  (("bf16", False), ("f16", False), ("q8", False), ("bf16", True))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def table(products):
