@@ -38,7 +38,6 @@ template <Storage kStorage_, bool kAligned, int kBlocks_, int kTokens_>
 struct Shape {
   static constexpr Storage kStorage = kStorage_;
   static constexpr int kBlocks = kBlocks_, kTokens = kTokens_, kRows = 2 * kBlocks * 64;
-  static constexpr bool kCut = kTokens == 64;  // the columns may be, between blocks of a cluster
   using Weights = Tile<kStorage, kAligned, kRows, kCols, kProducers>;
   using Inputs = Tile<Storage::kF32, kAligned, kTokens, kCols, kProducers>;
   static constexpr int kStageBytes = Weights::kBytes + Inputs::kBytes;
@@ -179,19 +178,20 @@ __device__ inline void run(const DenseJob& job, int n_parts) {
   }
   __syncthreads();
   begin_kernel();
-  const int part = S::kCut ? blockIdx.x % n_parts : 0;
+  constexpr bool kCut = S::kTokens == 64;  // the columns may be, between blocks of a cluster
+  const int part = kCut ? blockIdx.x % n_parts : 0;
   int64_t tile = blockIdx.y;
   const DenseSegment& segment = segment_of(job, tile, S::kRows);
   const int64_t first_row = tile * S::kRows;
-  const int64_t first_token = blockIdx.x / (S::kCut ? n_parts : 1) * int64_t{S::kTokens};
+  const int64_t first_token = blockIdx.x / (kCut ? n_parts : 1) * int64_t{S::kTokens};
   const int n_stages = static_cast<int>((segment.w.cols + kCols - 1) / kCols);
-  const int begin = S::kCut ? n_stages * part / n_parts : 0;
-  const int end = S::kCut ? n_stages * (part + 1) / n_parts : n_stages;
+  const int begin = kCut ? n_stages * part / n_parts : 0;
+  const int end = kCut ? n_stages * (part + 1) / n_parts : n_stages;
   if (threadIdx.x >= kConsumers) {
     give_registers<96>();
     fill(segment.w, rows_view(job.x, job.rows, segment.w.cols), shared, first_row, first_token,
          begin, end);
-    if (S::kCut && n_parts > 1) {  // as in add_parts()
+    if (kCut && n_parts > 1) {  // as in add_parts()
       sync_cluster();
       sync_cluster();
     }
@@ -219,7 +219,7 @@ __device__ inline void run(const DenseJob& job, int n_parts) {
       if (job.accumulate) each([&](int64_t at, float& sum) { sum += segment.y[at]; });
       each([&](int64_t at, float& sum) { segment.y[at] = sum; });
     };
-    if constexpr (S::kCut) {
+    if constexpr (kCut) {
       if (n_parts > 1) return add_parts(shared, warpgroup.sums[block], part, n_parts, store);
     }
     store(0, warpgroup.sums[block]);

@@ -29,11 +29,12 @@ namespace {
 
 using namespace two_level;
 
-constexpr int kTokens = 128, kMostParts = 8, kWarps = kConsumers / kWarp;
+constexpr int kTokens = 128, kMostParts = 8;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr int kPitch = kTileRows + 4;  // sums of a token: lanes of a warp meet no bank twice
+constexpr int kWarps = kConsumers / kWarp;  // that multiply and round
+constexpr int kPitch = kTileRows + 4;       // sums of a token: lanes of a warp meet no bank twice
 
 __device__ inline int4 load_from_cluster_4(const int32_t* at, int rank) {
   int4 value;
