@@ -479,8 +479,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   }
   if constexpr (kClustered) {
-    arrive_at_cluster();
-    wait_for_cluster();
+    sync_cluster();
     merge.merge(n_queries, job.out + first_head * kDim);
     if (split > 0) return;
   } else if (n_splits > 1 && !finish_stretch(job, first_head, n_queries)) {

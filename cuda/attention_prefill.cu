@@ -10,10 +10,11 @@
 // Memory    64 keys and values: 32 KB in shared memory, two of them, for 128 queries: bound by mma
 //           m16n8k16 (f16 in, f32 sums) and by exp. 16-bit caches come by cp.async one tile ahead
 // Constants 128 queries: each key tile is read by 8 warps. head_dim is padded to 64 or 128
-// Requires  head_dim a multiple of 8, at most 128; 32 bits: keys and values below 65504, as in 16
+// Requires  head_dim a multiple of 8, at most 128; keys and values below 65504, of 32 bits too
+//           (beyond, the result is NaN)
 // Error     q, the weights and values of 8- and 4-bit caches are rounded to f16: scores move by
-//           2^-11 |q||k| scale, the sum by 2^-11 max|v|. 32 bits: 2^-20 in place of 2^-11;
-//           tests/test_cuda_ops.cpp
+//           2^-11 |q||k| scale, the sum by 2^-11 max|v|. 32 bits: 2^-20 in place of 2^-11, and
+//           keys and values are off by up to 2^-25; tests/test_cuda_ops.cpp
 // Source    FlashAttention-2 (Dao 2023)
 #include <algorithm>
 
@@ -30,6 +31,10 @@ constexpr int kParts = kBits == 32 ? 2 : 1;  // f16 parts of a number
 template <int kBits>
 constexpr int kKeys = 64 / kParts<kBits>;  // of a tile
 constexpr float kLog2E = 1.4426950408889634f;
+// Weights of 32-bit caches are multiplied by 2^15, out of the way of f16's smallest numbers; what
+// they are divided by is, too.
+template <int kBits>
+constexpr float kWeightShift = kBits == 32 ? 15.0f : 0.0f;
 
 // Place of 16-byte word `word` of vector `key`: eight neighbouring keys meet no bank twice.
 template <int kDim>
@@ -209,8 +214,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       float part = 0;
 #pragma unroll
       for (int j = 0; j < kTileKeys / 8; ++j) {
-        scores[j][2 * i] = exp2f(scores[j][2 * i] - base);
-        scores[j][2 * i + 1] = exp2f(scores[j][2 * i + 1] - base);
+        scores[j][2 * i] = exp2f(scores[j][2 * i] - base + kWeightShift<kBits>);
+        scores[j][2 * i + 1] = exp2f(scores[j][2 * i + 1] - base + kWeightShift<kBits>);
         part += scores[j][2 * i] + scores[j][2 * i + 1];
       }
       sum[i] = sum[i] * keep + part;

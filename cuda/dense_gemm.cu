@@ -9,8 +9,9 @@
 //           products of parts, all else three
 // Memory    64 KB for two stages. W and x come from the second-level cache, 16 KB of x and 8 KB of
 //           bf16 weights for 2^19 products
-// Constants two blocks a multiprocessor: 64 sums a thread, 24 registers of columns under way and 32
-//           of operands fit 128
+// Constants two blocks a multiprocessor where shared memory has room: 64 sums a thread, 24
+// registers
+//           of columns under way and 20 of operands, of 128; 2 to 16 more are spilled
 // Requires  sm_80; tails are guarded
 // Error     dense_columns.cuh, and one f32 sum of `in` products in another order than the CPU's:
 //           (3 * 2^-18 + gamma_(in + 2)) |x||w|, gamma_n = n 2^-24 / (1 - n 2^-24);

@@ -10,8 +10,6 @@
 // Requires  nothing; tails are guarded
 // Error     one f32 sum of `in` products in another order than the CPU's: gamma_(in + 2) |x||w|,
 //           where gamma_n = n 2^-24 / (1 - n 2^-24); tests/test_cuda_linears.cpp
-#include <algorithm>
-
 #include "cuda/dense_columns.cuh"
 #include "cuda/device.cuh"
 #include "model/error.h"
@@ -19,7 +17,7 @@
 namespace tq::cuda {
 namespace {
 
-// Most rows of a matvec; more are faster on tensor cores (measured on an H100: 5 of 4096 columns).
+// Most rows of a matvec; more are faster on tensor cores (on an H100 8 rows are, 4 mostly not).
 constexpr int kMatvecTokens = 8, kMatvecTokensOfHopper = 4;
 
 // Columns of a lane in the matvec: 16 bytes of 8-bit codes.

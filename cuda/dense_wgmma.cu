@@ -12,13 +12,13 @@
 //           cache. Bound: 2048 clocks of tensor cores a stage (bf16 weights), beside some 330
 //           instructions of each of the 8 warps that fill it
 // Constants 128 sums a thread that multiplies, of 160 registers; 64 registers of columns under way
-//           a thread that loads, of 96
+//           a thread that loads, of 96 (f32 weights: 96, and some are spilled)
 // Requires  sm_90a; tails are guarded
 // Error     as dense_gemm.cu's; sums of wgmma are cut, not rounded, to 2^-23:
 //           (3 * 2^-18 + 2 gamma_(in + 2)) |x||w|; tests/test_cuda_linears.cpp
-// Measured  H100, `bench_cuda dense`, 2026-11-28: 300 TFLOP/s of bf16 weights at 512 rows or more,
-//           two products each, 190 to 205 of others; cuBLASLt's single product of inputs rounded to
-//           bf16 has 790. More in docs/results.md
+// Measured  H100, 8B shapes, 2048 rows, `bench_cuda dense`, 2026-11-28: 299 to 310 TFLOP/s of bf16
+//           weights, two products each, 181 to 207 of others; cuBLASLt's single product of inputs
+//           rounded to bf16 has 790. More in docs/results.md
 #include <algorithm>
 
 #include "cuda/dense_columns.cuh"
@@ -191,6 +191,7 @@ __device__ inline void run(const DenseJob& job, int n_parts) {
     give_registers<96>();
     fill(segment.w, rows_view(job.x, job.rows, segment.w.cols), shared, first_row, first_token,
          begin, end);
+    __syncwarp();
     if (kCut && n_parts > 1) {  // as in add_parts()
       sync_cluster();
       sync_cluster();
@@ -220,6 +221,7 @@ __device__ inline void run(const DenseJob& job, int n_parts) {
       each([&](int64_t at, float& sum) { segment.y[at] = sum; });
     };
     if constexpr (kCut) {
+      static_assert(S::kBlocks == 1);
       if (n_parts > 1) return add_parts(shared, warpgroup.sums[block], part, n_parts, store);
     }
     store(0, warpgroup.sums[block]);

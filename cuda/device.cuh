@@ -196,6 +196,21 @@ __device__ T load_from_cluster(const T* at, int rank) {
   return value;
 }
 
+/// 16 bytes.
+__device__ inline int4 load_four_from_cluster(const int32_t* at, int rank) {
+  int4 value = {};
+#if __CUDA_ARCH__ >= 900
+  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(at));
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [there];\n}"
+      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+      : "r"(own), "r"(rank)
+      : "memory");
+#endif
+  return value;
+}
+
 /// Launches `kernel`. From compute capability 9.0 on, its blocks may be placed before the kernel
 /// ahead of it has ended (begin_kernel() waits): saves most of the gap between small kernels.
 /// cluster: how many neighbouring blocks share a cluster.

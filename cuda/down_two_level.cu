@@ -10,13 +10,13 @@
 // Memory    x' once for each A, from the second-level cache; a block's 64 KB of sums lie in the
 //           stages' memory once those are done
 // Constants bound: latency (start, first stage, two cluster barriers, the rounding of a token). 8
-//           parts of 4096 columns are 4 stages each; with 512 tokens or more there are fewer parts
+//           parts of 4096 columns are 4 stages each; many tokens have fewer parts
 // Requires  sm_90a; groups of A as in twin_gemm_two_level.cu; h rounded in groups of 32, 64 or 128
 // Error     integers exact; a value is its sum times one product of two scales;
 //           tests/test_cuda_linears.cpp
 // Measured  H100, Qwen3-8B shape, rank 128, `tq bench --two-level --rank 128`, 2026-11-28, tok/s of
 //           prefill with the three separate kernels and with this one: 64 tokens 8.2k, 9.5k; 512
-//           38.6k, 43.5k; 1024 49.6k, 52.5k; 2048 55.9k, 55.5k; above 2048 they are kept
+//           38.6k, 43.5k; 1024 49.6k, 52.5k; 2048 55.9k, 55.7k
 #include <algorithm>
 
 #include "cuda/device.cuh"
@@ -35,17 +35,6 @@ constexpr int kTokens = 128, kMostParts = 8;
 
 constexpr int kWarps = kConsumers / kWarp;  // that multiply and round
 constexpr int kPitch = kTileRows + 4;       // sums of a token: lanes of a warp meet no bank twice
-
-__device__ inline int4 load_from_cluster_4(const int32_t* at, int rank) {
-  int4 value;
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [there];\n}"
-      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-      : "r"(shared_address(at)), "r"(rank)
-      : "memory");
-  return value;
-}
 
 // A warp's token: a lane has four columns of h, `x` of them.
 __device__ inline void round_token(const RowsJob& job, int64_t token, float (&x)[1][4]) {
@@ -115,12 +104,12 @@ __device__ inline void run(const PackedJob& job) {
   Warpgroup<S> warpgroup;
   warpgroup.multiply(shared, 0, end - begin, group_step(segment.w));
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");  // the stages are done with
-  auto* shelf = reinterpret_cast<int32_t*>(bytes);
+  auto* sums_of_part = reinterpret_cast<int32_t*>(bytes);
   static_assert(sizeof(shared.stages) >= kTokens * kPitch * 4);
 #pragma unroll
   for (int i = 0; i < S::kSums; ++i) {
     const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    shelf[token * kPitch + warp * kPanelRows + lane / 4 + i / 2 % 2 * 8] = warpgroup.sums[i];
+    sums_of_part[token * kPitch + warp * kPanelRows + lane / 4 + i / 2 % 2 * 8] = warpgroup.sums[i];
   }
   sync_cluster();
   for (int i = 0; i < n_own; ++i) {
@@ -131,7 +120,7 @@ __device__ inline void run(const PackedJob& job) {
     for (int from = 0; from < kMostParts; ++from) {
       sums[from] = {0, 0, 0, 0};
       if (from < n_parts) {
-        sums[from] = load_from_cluster_4(shelf + token * kPitch + lane * 4, from);
+        sums[from] = load_four_from_cluster(sums_of_part + token * kPitch + lane * 4, from);
       }
     }
     int4 total = sums[0];
@@ -190,7 +179,8 @@ void launch_groups(const PackedJob& job, const Gpu& gpu) {
 }  // namespace
 
 bool takes_down_two_level(const PackedJob& job, const Gpu& gpu) {
-  // With more tiles the separate kernels are faster: theirs are larger.
+  // More tiles than fit beside each other, two blocks each, are left to the separate kernels, whose
+  // tiles are larger.
   if (gpu.facts.major != 9 || job.rows <= kMatvecRows || job.n_segments == 0 ||
       n_tiles(job) * job.n_segments * 2 > gpu.facts.n_sms * 3 / 4 || !takes_inputs(job.x)) {
     return false;

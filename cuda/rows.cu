@@ -129,8 +129,7 @@ __device__ uint32_t cluster_max(uint32_t value) {
 #if __CUDA_ARCH__ >= 900
   __shared__ uint32_t of_blocks[kCluster];
   if (threadIdx.x < kCluster) store_in_cluster(of_blocks + blockIdx.x, threadIdx.x, value);
-  arrive_at_cluster();
-  wait_for_cluster();
+  sync_cluster();
 #pragma unroll
   for (int i = 0; i < kCluster; ++i) value = max(value, of_blocks[i]);
 #endif

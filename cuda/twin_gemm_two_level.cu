@@ -34,6 +34,17 @@ using namespace two_level;
 
 constexpr int64_t kMostRank = 256;
 
+// Outputs on the shelf (Shelf): floats of a thread in a stage's memory; stages that leaves for B.
+template <typename S>
+constexpr int kShelfOfStage = S::kTokens == 256 ? 32 : 16;
+template <typename S>
+constexpr int kLowRankStages = std::min(S::kStages - S::kSums / kShelfOfStage<S>, 2);
+
+template <typename S>
+struct SharedWithShelf : Shared<S> {
+  Barrier shelf_free;
+};
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the kernel is empty
 
 // Which outputs a tile has, and the stages that it takes.
@@ -65,12 +76,12 @@ struct Tile {
 // alone until shelf_free.
 template <typename S>
 struct Shelf {
-  Shared<S>& shared;
+  SharedWithShelf<S>& shared;
   int first_stage;
   __device__ float& at(int i) const {
-    static_assert(sizeof(Stage<S>) >= S::kShelfOfStage * kConsumers * 4);
-    auto& stage = shared.stages[(first_stage + i / S::kShelfOfStage) % S::kStages];
-    return reinterpret_cast<float*>(&stage)[i % S::kShelfOfStage * kConsumers + threadIdx.x];
+    static_assert(sizeof(Stage<S>) >= kShelfOfStage<S> * kConsumers * 4);
+    auto& stage = shared.stages[(first_stage + i / kShelfOfStage<S>) % S::kStages];
+    return reinterpret_cast<float*>(&stage)[i % kShelfOfStage<S> * kConsumers + threadIdx.x];
   }
   /// Zeros stay behind.
   __device__ void put(int32_t (&sums)[S::kSums]) const {
@@ -113,7 +124,7 @@ __device__ void store_outputs(const PackedJob& job, const Tile& tile, int panel,
 }
 
 template <typename S>
-__device__ inline void produce(const PackedJob& job, Shared<S>& shared, int n_tiles) {
+__device__ inline void produce(const PackedJob& job, SharedWithShelf<S>& shared, int n_tiles) {
   const int64_t last_step = (job.rows - 1) / kRowStep;
   int index = 0, n_shelves = 0;  // of all tiles
   for (int i = blockIdx.x; i < n_tiles; i += gridDim.x) {
@@ -136,7 +147,7 @@ __device__ inline void produce(const PackedJob& job, Shared<S>& shared, int n_ti
 }
 
 template <typename S>
-__device__ inline void consume(const PackedJob& job, Shared<S>& shared, int n_tiles) {
+__device__ inline void consume(const PackedJob& job, SharedWithShelf<S>& shared, int n_tiles) {
   const int64_t last_step = (job.rows - 1) / kRowStep;
   Warpgroup<S> warpgroup;
   int index = 0;  // of a stage, of all tiles
@@ -164,7 +175,8 @@ __device__ inline void consume(const PackedJob& job, Shared<S>& shared, int n_ti
 template <typename S>
 __device__ inline void run(const PackedJob& job, int n_tiles) {
   extern __shared__ __align__(1024) uint8_t bytes[];
-  auto& shared = *reinterpret_cast<Shared<S>*>(bytes);
+  auto& shared = *reinterpret_cast<SharedWithShelf<S>*>(bytes);
+  if (threadIdx.x == 0) shared.shelf_free.init(kConsumers);
   init_barriers(shared);
   begin_kernel();
   if (threadIdx.x >= kConsumers) {
@@ -207,11 +219,11 @@ int64_t low_rank_stages(const PackedJob& job) {
 template <typename S>
 void launch_shape(const PackedJob& job, const Gpu& gpu) {
   const int64_t n_tiles = count_tiles<S>(job);
-  TQ_CHECK(n_tiles < 1 << 30 && low_rank_stages(job) <= S::kLowRankStages);
+  TQ_CHECK(n_tiles < 1 << 30 && low_rank_stages(job) <= kLowRankStages<S>);
   const int64_t n_blocks = std::min<int64_t>(n_tiles, gpu.facts.n_sms * S::kBlocksOfThreads);
   launch_kernel(gpu, "twin gemm", twin_gemm_two_level_kernel<S>,
-                dim3(static_cast<unsigned>(n_blocks)), dim3(kThreads), sizeof(Shared<S>), job,
-                static_cast<int>(n_tiles));
+                dim3(static_cast<unsigned>(n_blocks)), dim3(kThreads), sizeof(SharedWithShelf<S>),
+                job, static_cast<int>(n_tiles));
 }
 
 template <bool kGroups32>
@@ -227,7 +239,7 @@ void launch_groups(const PackedJob& job, const Gpu& gpu) {
   const int64_t medium = rounds(count_tiles<Medium>(job)) * 18;
   const int64_t small_rounds = rounds(count_tiles<Small>(job));
   const int64_t small = small_rounds / 2 * 23 + small_rounds % 2 * 14;
-  const bool large_takes = low_rank_stages(job) <= Large::kLowRankStages;
+  const bool large_takes = low_rank_stages(job) <= kLowRankStages<Large>;
   if (large_takes && large <= std::min(medium, small)) return launch_shape<Large>(job, gpu);
   medium <= small ? launch_shape<Medium>(job, gpu) : launch_shape<Small>(job, gpu);
 }

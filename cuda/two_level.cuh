@@ -3,8 +3,6 @@
 // weights at a time. twin_gemm_two_level.cu says how.
 #pragma once
 
-#include <algorithm>
-
 #include "cuda/device.cuh"
 #include "cuda/wgmma.cuh"
 
@@ -22,9 +20,6 @@ struct Shape {
   static constexpr int kPiece = kTokens < 128 ? kTokens : 128;  // tokens that lie together
   static constexpr int kStages = kTokens == 256 ? 5 : 6;
   static constexpr int kBlocksOfThreads = kTokens == 64 ? 2 : 1;  // of a multiprocessor
-  // Outputs on the shelf: floats of a thread in a stage's memory; stages that leaves for B.
-  static constexpr int kShelfOfStage = kTokens == 256 ? 32 : 16;
-  static constexpr int kLowRankStages = std::min(kStages - kSums / kShelfOfStage, 2);
 };
 
 template <typename S>
@@ -39,7 +34,6 @@ template <typename S>
 struct Shared {
   Stage<S> stages[S::kStages];
   Barrier full[S::kStages], free[S::kStages];
-  Barrier shelf_free;
 };
 
 // The layout of x' and of weights that these kernels read.
@@ -182,6 +176,7 @@ struct Warpgroup {
   }
 };
 
+// By all threads, which then may use these and what thread 0 has initialised before.
 template <typename S>
 __device__ inline void init_barriers(Shared<S>& shared) {
   if (threadIdx.x == 0) {
@@ -189,7 +184,6 @@ __device__ inline void init_barriers(Shared<S>& shared) {
       shared.full[i].init(1);
       shared.free[i].init(kConsumers);  // one arrival a warp is no faster, and racecheck loses it
     }
-    shared.shelf_free.init(kConsumers);
     publish_barriers();
   }
   __syncthreads();

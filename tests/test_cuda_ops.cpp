@@ -411,6 +411,27 @@ TEST_F(Cuda, AttentionOfFloatsKeepsTheirLastBits) {
   }
 }
 
+// One key with nearly all of the weight, and many whose small weights count together: e^-12.5
+// is 62.5 times the smallest f16, so that weights taken as they are would be off by 0.0075 of
+// themselves. Both sides add up to 2100 equal numbers in f32: 2100 eps of the sum, 7.8.
+TEST_F(Cuda, AttentionOfFloatsKeepsSmallWeights) {
+  const int64_t rows = 2100, dim = 64;
+  const Config config = attention_config(1, 1, dim);
+  std::vector<float> q(static_cast<size_t>(rows * dim)), k = q, v(q.size(), 1000.0f);
+  for (int64_t row = 0; row < rows; ++row) q[static_cast<size_t>(row * dim)] = 1.0f;
+  k[0] = 100.0f;
+  std::fill(v.begin(), v.begin() + dim, 0.0f);
+  std::vector<float> results[2];
+  for (Backend* backend : {&cpu(), &gpu()}) {
+    const auto cache = backend->make_kv_cache(config, rows, 32);
+    const BufferPtr out = backend->alloc(rows * dim);
+    backend->attention(*to_device(*backend, q), *to_device(*backend, k), *to_device(*backend, v),
+                       config, *cache, 1, 0, rows, *out);
+    results[backend == &gpu()] = to_host(*backend, *out, rows * dim);
+  }
+  expect_near(results[1], results[0], [&](size_t) { return 2e-3; });
+}
+
 // One row after many: stretches that the largest clusters share, and more than those take.
 TEST_F(Cuda, AttentionAfterManyKeysAgreesWithTheCpu) {
   for (int64_t head_dim : {64, 128}) {

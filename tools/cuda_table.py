@@ -31,8 +31,9 @@ def render(report):
         chosen = [r for r in products if r.get("two_level", False) == two_level]
         if chosen:
             lines += ["", title, ""] + table(chosen)
-    lines += ["", "Weights that meet f32 inputs:", ""]
-    lines += dense_table([r for r in report["kernels"] if r["kernel"] == "dense"])
+    dense = [r for r in report["kernels"] if r["kernel"] == "dense"]
+    if dense:
+        lines += ["", "Weights that meet f32 inputs:", ""] + dense_table(dense)
     return "\n".join(lines + [END])
 
 
