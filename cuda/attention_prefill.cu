@@ -33,8 +33,7 @@ constexpr int kKeys = 64 / kParts<kBits>;  // of a tile
 constexpr float kLog2E = 1.4426950408889634f;
 // Weights of 32-bit caches are multiplied by 2^15, out of the way of f16's smallest numbers; what
 // they are divided by is, too.
-template <int kBits>
-constexpr float kWeightShift = kBits == 32 ? 15.0f : 0.0f;
+constexpr float kWeightShift = 15;
 
 // Place of 16-byte word `word` of vector `key`: eight neighbouring keys meet no bank twice.
 template <int kDim>
@@ -209,13 +208,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
       top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
       const float base = top == -INFINITY ? 0.0f : top;  // nothing to see yet
+      const auto weight = [&](float score) {
+        return exp2f(kBits == 32 ? score - base + kWeightShift : score - base);
+      };
       const float keep = exp2f(max[i] - base);
       max[i] = top;
       float part = 0;
 #pragma unroll
       for (int j = 0; j < kTileKeys / 8; ++j) {
-        scores[j][2 * i] = exp2f(scores[j][2 * i] - base + kWeightShift<kBits>);
-        scores[j][2 * i + 1] = exp2f(scores[j][2 * i + 1] - base + kWeightShift<kBits>);
+        scores[j][2 * i] = weight(scores[j][2 * i]);
+        scores[j][2 * i + 1] = weight(scores[j][2 * i + 1]);
         part += scores[j][2 * i] + scores[j][2 * i + 1];
       }
       sum[i] = sum[i] * keep + part;
