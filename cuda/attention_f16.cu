@@ -25,8 +25,6 @@ namespace tq::cuda {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp, kKeys = 16;
-// Weights are multiplied by 2^15: the smallest that matter are then no subnormal f16.
-constexpr float kWeightShift = 15.0f;
 
 __device__ inline uint32_t pack(__half low, __half high) {
   const __half2 pair = __halves2half2(low, high);

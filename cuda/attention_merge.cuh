@@ -10,7 +10,6 @@
 
 namespace tq::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kMaxSplits = 128, kMaxQueries = 4;
 
 /// By the block of a row and some heads that ends last, all its threads: no second kernel is

@@ -30,10 +30,6 @@ template <int kBits>
 constexpr int kParts = kBits == 32 ? 2 : 1;  // f16 parts of a number
 template <int kBits>
 constexpr int kKeys = 64 / kParts<kBits>;  // of a tile
-constexpr float kLog2E = 1.4426950408889634f;
-// Weights of 32-bit caches are multiplied by 2^15, out of the way of f16's smallest numbers; what
-// they are divided by is, too.
-constexpr float kWeightShift = 15;
 
 // Place of 16-byte word `word` of vector `key`: eight neighbouring keys meet no bank twice.
 template <int kDim>
@@ -83,6 +79,17 @@ __device__ void load_tile(const CacheView& cache, const uint8_t* vectors, const 
       *to = make_uint4(pack_half(x[0], x[1]), pack_half(x[2], x[3]), pack_half(x[4], x[5]),
                        pack_half(x[6], x[7]));
     }
+  }
+}
+
+// Two floats as word i of the parts of an operand.
+template <int kBits>
+__device__ inline void store_parts(float first, float second, int i,
+                                   uint32_t (&parts)[kParts<kBits>][4]) {
+  if constexpr (kBits == 32) {
+    split_half(first, second, parts[0][i], parts[1][i]);
+  } else {
+    parts[0][i] = pack_half(first, second);
   }
 }
 
@@ -144,11 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const bool inside = col < cache.head_dim;
       const float* x = from[i % 2] + col;
       const float2 pair = inside ? make_float2(x[0] * factor, x[1] * factor) : make_float2(0, 0);
-      if constexpr (kBits == 32) {
-        split_half(pair.x, pair.y, q[k][0][i], q[k][1][i]);
-      } else {
-        q[k][0][i] = pack_half(pair.x, pair.y);
-      }
+      store_parts<kBits>(pair.x, pair.y, i, q[k]);
     }
   }
   const uint8_t* keys = cache.keys + kv_head * cache.ctx * cache.vector_bytes;
@@ -233,11 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* weights = scores[2 * k + i / 2] + i % 2 * 2;
-        if constexpr (kBits == 32) {
-          split_half(weights[0], weights[1], a[0][i], a[1][i]);
-        } else {
-          a[0][i] = pack_half(weights[0], weights[1]);
-        }
+        store_parts<kBits>(weights[0], weights[1], i, a);
       }
 #pragma unroll
       for (int pair = 0; pair < kDim / 16; ++pair) {

@@ -37,8 +37,6 @@ namespace {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the kernel is empty
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 // d (+)= A B for a warpgroup, in the background: A [64, 16] f16, each warp 16 rows as in mma_f16;
 // B [16, 2 x registers of d] f16 in shared memory, K along its rows there, or across (kTransposed).
 template <bool kTransposed>

@@ -18,6 +18,7 @@ constexpr int kWarp = 32;
 // Adding and subtracting 1.5 * 2^23 rounds |x| < 2^22 to an integer, ties to even.
 constexpr float kRoundMagic = 12582912.0f;
 constexpr int kRoundMagicBits = 0x4B400000;
+constexpr float kLog2E = 1.4426950408889634f;
 
 /// Byte of the code of (row, col).
 /// kLanes: rows one after the other; inside 64 columns the 8-byte words 0..7 go to 0 2 4 6 1 3 5 7,
@@ -165,48 +166,47 @@ __device__ inline void sync_cluster() {
   arrive_at_cluster();
   wait_for_cluster();
 }
-/// Four bytes to where `at` is in the shared memory of block `rank` of the cluster.
+/// Where block `rank` of the cluster has in its shared memory what stands at `at` in this one's.
+__device__ inline uint32_t address_in_cluster(const void* at, int rank) {
+  uint32_t there = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(at))), "r"(rank));
+#endif
+  return there;
+}
+/// Four bytes to there.
 template <typename T>
 __device__ void store_in_cluster(T* at, int rank, T value) {
   static_assert(sizeof(T) == 4);
 #if __CUDA_ARCH__ >= 900
-  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(at));
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "st.shared::cluster.u32 [there], %2;\n}" ::"r"(own),
-      "r"(rank), "r"(reinterpret_cast<const uint32_t&>(value))
-      : "memory");
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address_in_cluster(at, rank)),
+               "r"(reinterpret_cast<const uint32_t&>(value))
+               : "memory");
 #endif
 }
-
 /// Four bytes from there.
 template <typename T>
 __device__ T load_from_cluster(const T* at, int rank) {
   static_assert(sizeof(T) == 4);
   T value = {};
 #if __CUDA_ARCH__ >= 900
-  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(at));
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\n"
-      "ld.shared::cluster.u32 %0, [there];\n}"
-      : "=r"(reinterpret_cast<uint32_t&>(value))
-      : "r"(own), "r"(rank)
-      : "memory");
+  asm volatile("ld.shared::cluster.u32 %0, [%1];"
+               : "=r"(reinterpret_cast<uint32_t&>(value))
+               : "r"(address_in_cluster(at, rank))
+               : "memory");
 #endif
   return value;
 }
-
-/// 16 bytes.
+/// Sixteen bytes from there.
 __device__ inline int4 load_four_from_cluster(const int32_t* at, int rank) {
   int4 value = {};
 #if __CUDA_ARCH__ >= 900
-  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(at));
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [there];\n}"
-      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-      : "r"(own), "r"(rank)
-      : "memory");
+  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address_in_cluster(at, rank))
+               : "memory");
 #endif
   return value;
 }

@@ -49,6 +49,10 @@ __device__ inline void split_half(float first, float second, uint32_t& high, uin
   low = pack_half(first - known.x, second - known.y);
 }
 
+/// Weights of attention are multiplied by 2^15 on their way to f16: the smallest that matter are
+/// then no subnormal numbers. What they are divided by is, too.
+constexpr float kWeightShift = 15;
+
 /// acc += A B with A [16, 16] and B [16, 8] of f16, f32 sums. Lane l: A words are rows l/4,
 /// l/4 + 8 at columns 2 (l % 4).., then both 8 columns further; B words column l/4, rows 2 (l %
 /// 4).., then 8 further; acc as in IntTile.
