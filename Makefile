@@ -26,7 +26,7 @@ test: build/release/build.ninja  ## build everything and run all tests
 CUDA_TESTS := test_cuda_ops test_cuda_linears test_cuda_layers
 test-cuda: build/release/build.ninja  ## the tests of the CUDA backend; fails without a GPU
 	@cmake --build --preset release --parallel $(JOBS) --target tq $(CUDA_TESTS)
-	@for name in $(CUDA_TESTS); do TQ_REQUIRE_GPU=1 OMP_WAIT_POLICY=passive build/release/$$name || exit; done
+	@for name in $(CUDA_TESTS); do TQ_REQUIRE_GPU=1 build/release/$$name || exit; done
 
 bench-cuda: build/release/build.ninja  ## time the CUDA kernels one by one, rewrite docs/results.md
 	@cmake --build --preset release --parallel $(JOBS) --target bench_cuda

@@ -10,13 +10,12 @@
 //           blocks, flash-decoding (Dao et al. 2023) for the spans
 #include "cpu/attention.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 #include "model/error.h"
 
 namespace tq {
@@ -25,6 +24,8 @@ namespace {
 // Scores and sums that one thread finishes in some ten microseconds (linear.cpp has the same
 // limit).
 constexpr int64_t kMacsForThreads = 200'000;
+// Storing less than this takes a microsecond.
+constexpr int64_t kFloatsForThreads = 8192;
 
 int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
@@ -254,25 +255,24 @@ void attend(const Kernels& kernels, CpuKvCache& cache, const AttentionCall& call
   }
   float* memory = scratch.as<float>();
   float* parts = memory + n_threads * attention.thread_floats();
-#pragma omp parallel num_threads(n_threads)
-  {
-    float* own = memory + omp_get_thread_num() * attention.thread_floats();
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < call.rows * call.n_kv_heads; ++item) attention.store(item);
-    if (split) {
-#pragma omp for schedule(static)
-      for (int64_t item = 0; item < n_parts; ++item) {
-        attention.run_part(item / n_spans, item % n_spans, own,
-                           parts + item * attention.partial_floats());
-      }
-#pragma omp for schedule(static)
-      for (int64_t tile = 0; tile < n_tiles; ++tile) attention.finish_tile(tile, own, parts);
-    } else {
-      // Later tiles see more keys: deal them out one by one.
-#pragma omp for schedule(static, 1)
-      for (int64_t tile = 0; tile < n_tiles; ++tile) attention.run_tile(tile, own);
-    }
+  const auto own = [&](int worker) { return memory + worker * attention.thread_floats(); };
+  const int64_t n_stored = call.rows * call.n_kv_heads;
+  parallel_ranges(n_stored * call.head_dim < kFloatsForThreads ? 1 : n_threads, n_stored,
+                  [&](int64_t begin, int64_t end, int) {
+                    for (int64_t item = begin; item < end; ++item) attention.store(item);
+                  });
+  if (!split) {  // later tiles see more keys: they are taken one by one
+    parallel_items(n_threads, n_tiles,
+                   [&](int64_t tile, int worker) { attention.run_tile(tile, own(worker)); });
+    return;
   }
+  parallel_items(n_threads, n_parts, [&](int64_t item, int worker) {
+    attention.run_part(item / n_spans, item % n_spans, own(worker),
+                       parts + item * attention.partial_floats());
+  });
+  parallel_items(n_threads, n_tiles, [&](int64_t tile, int worker) {
+    attention.finish_tile(tile, own(worker), parts);
+  });
 }
 
 }  // namespace tq

@@ -14,6 +14,7 @@
 #include "cpu/autodiff_model.h"
 #include "cpu/autodiff_node.h"
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 #include "model/tensor.h"
 
 namespace tq {
@@ -190,12 +191,9 @@ void backward_head(const Kernels& kernels, const Attention& a, const float* q, c
 // fn(item, scratch) for every item.
 template <typename Function>
 void for_items(const Tape& tape, const Attention& a, int64_t n_items, const Function& fn) {
-#pragma omp parallel num_threads(tape.n_threads())
-  {
-    AttentionScratch scratch(a);
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < n_items; ++item) fn(item, scratch);
-  }
+  PerWorker<AttentionScratch> scratch(tape.n_threads());
+  parallel_items(tape.n_threads(), n_items,
+                 [&](int64_t item, int worker) { fn(item, scratch.get(worker, a)); });
 }
 
 }  // namespace

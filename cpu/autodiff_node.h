@@ -5,13 +5,12 @@
 // of them: only captured tensors stay in memory. Read next: autodiff_ops.cpp (the plainest ones).
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <initializer_list>
 #include <utility>
 
 #include "cpu/autodiff.h"
+#include "cpu/parallel.h"
 #include "model/error.h"
 
 namespace tq {
@@ -91,10 +90,9 @@ void parallel_ranges(const Tape& tape, int64_t count, int64_t floats_each, const
     fn(int64_t{0}, count);
     return;
   }
-#pragma omp parallel for schedule(dynamic) num_threads(tape.n_threads())
-  for (int64_t piece = 0; piece < n_pieces; ++piece) {
+  parallel_items(tape.n_threads(), n_pieces, [&](int64_t piece, int) {
     fn(count * piece / n_pieces, count * (piece + 1) / n_pieces);
-  }
+  });
 }
 
 /// Sum over i < count of term(i), f64, in an order that does not depend on the threads.

@@ -2,8 +2,6 @@
 // a kernel; the three large ones are in linear.cpp, attention.cpp and hadamard.cpp.
 #include "cpu/cpu_backend.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -11,12 +9,13 @@
 
 #include "cpu/attention.h"
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 #include "model/error.h"
 
 namespace tq {
 namespace {
 
-// Entering a parallel region takes a few microseconds; below this many floats one thread is faster.
+// Handing a loop over takes a microsecond or two; below this many floats one thread is faster.
 constexpr int64_t kFloatsForThreads = 16384;
 // Elements handed to a thread at a time by the flat operations.
 constexpr int64_t kFlatChunk = 4096;
@@ -80,7 +79,7 @@ void check_size(const CpuBuffer& buffer, int64_t n_floats) {
 }  // namespace
 
 CpuBackend::CpuBackend(int n_threads, CpuIsa isa)
-    : n_threads_(n_threads > 0 ? n_threads : omp_get_max_threads()), kernels_(kernels_for(isa)) {
+    : n_threads_(n_threads > 0 ? n_threads : available_processors()), kernels_(kernels_for(isa)) {
   if (!isa_supported(isa)) {
     throw Error(ErrorKind::kUsage, "instruction set not available", isa_name(isa),
                 "this processor does not have it");
@@ -94,6 +93,14 @@ std::string CpuBackend::name() const {
 
 int CpuBackend::threads_for(int64_t n_floats) const {
   return n_floats < kFloatsForThreads ? 1 : n_threads_;
+}
+
+template <typename Body>
+void CpuBackend::for_rows(int64_t rows, int64_t floats_each, const Body& body) const {
+  const auto range = [&](int64_t begin, int64_t end, int worker) {
+    for (int64_t row = begin; row < end; ++row) body(row, worker);
+  };
+  parallel_ranges(threads_for(rows * floats_each), rows, range);
 }
 
 BufferPtr CpuBackend::alloc(int64_t n_floats) {
@@ -155,10 +162,10 @@ void CpuBackend::embed(const PreparedTable& table, std::span<const int32_t> toke
   const int64_t rows = static_cast<int64_t>(tokens.size());
   check_size(out, rows * matrix.cols);
   for (int32_t token : tokens) TQ_CHECK(token >= 0 && token < matrix.rows);
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows* matrix.cols))
-  for (int64_t row = 0; row < rows; ++row) {
+  const auto expand = [&](int64_t row, int) {
     expand_row(kernels_, matrix, tokens[static_cast<size_t>(row)], out.data() + row * matrix.cols);
-  }
+  };
+  for_rows(rows, matrix.cols, expand);
 }
 
 void CpuBackend::rms_norm(const DeviceBuffer& x, const DeviceBuffer& gain, float eps, int64_t rows,
@@ -168,11 +175,10 @@ void CpuBackend::rms_norm(const DeviceBuffer& x, const DeviceBuffer& gain, float
   check_size(as_cpu(x), rows * cols);
   check_size(as_cpu(gain), cols);
   check_size(as_cpu(out), rows * cols);
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows* cols))
-  for (int64_t row = 0; row < rows; ++row) {
+  for_rows(rows, cols, [&](int64_t row, int) {
     const float factor = inverse_rms(from + row * cols, cols, eps);
     kernels_.scale_gain(from + row * cols, factor, gains, cols, to + row * cols);
-  }
+  });
 }
 
 void CpuBackend::linears(std::span<const PreparedLinear* const> weights, const DeviceBuffer& x,
@@ -201,11 +207,10 @@ void CpuBackend::prepare_angles(const RopeTable& table, int64_t half, int64_t po
   angles_.rows = rows;
   angles_.cos.resize(static_cast<size_t>(rows * half));
   angles_.sin.resize(static_cast<size_t>(rows * half));
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows* half * 16))
-  for (int64_t row = 0; row < rows; ++row) {
+  for_rows(rows, half * 16, [&](int64_t row, int) {
     rope_angles(pos0 + row, angles_.inv_freq.data(), half, table.attention_factor,
                 angles_.cos.data() + row * half, angles_.sin.data() + row * half);
-  }
+  });
 }
 
 void CpuBackend::rope(DeviceBuffer& x, int64_t rows, int64_t n_heads, int64_t head_dim,
@@ -215,13 +220,12 @@ void CpuBackend::rope(DeviceBuffer& x, int64_t rows, int64_t n_heads, int64_t he
   check_size(as_cpu(x), rows * n_heads * head_dim);
   prepare_angles(table, half, pos0, rows);
   float* data = as_cpu(x).data();
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows* n_heads* head_dim))
-  for (int64_t row = 0; row < rows; ++row) {
+  for_rows(rows, n_heads * head_dim, [&](int64_t row, int) {
     for (int64_t head = 0; head < n_heads; ++head) {
       kernels_.rope(data + (row * n_heads + head) * head_dim, angles_.cos.data() + row * half,
                     angles_.sin.data() + row * half, half);
     }
-  }
+  });
 }
 
 void CpuBackend::attention(const DeviceBuffer& q, const DeviceBuffer& k, const DeviceBuffer& v,
@@ -249,10 +253,10 @@ void CpuBackend::silu_mul(DeviceBuffer& gate, const DeviceBuffer& up, int64_t co
   check_size(as_cpu(up), count);
   float* data = as_cpu(gate).data();
   const float* factors = as_cpu(up).data();
-#pragma omp parallel for schedule(static) num_threads(threads_for(4 * count))
-  for (int64_t begin = 0; begin < count; begin += kFlatChunk) {
-    kernels_.silu_mul(data + begin, factors + begin, std::min(kFlatChunk, count - begin));
-  }
+  const auto multiply = [&](int64_t begin, int64_t end, int) {
+    kernels_.silu_mul(data + begin, factors + begin, end - begin);
+  };
+  parallel_ranges(threads_for(4 * count), count, multiply, kFlatChunk);
 }
 
 void CpuBackend::add(DeviceBuffer& x, const DeviceBuffer& y, int64_t count) {
@@ -260,10 +264,10 @@ void CpuBackend::add(DeviceBuffer& x, const DeviceBuffer& y, int64_t count) {
   check_size(as_cpu(y), count);
   float* data = as_cpu(x).data();
   const float* terms = as_cpu(y).data();
-#pragma omp parallel for schedule(static) num_threads(threads_for(count))
-  for (int64_t begin = 0; begin < count; begin += kFlatChunk) {
-    kernels_.add(data + begin, terms + begin, std::min(kFlatChunk, count - begin));
-  }
+  const auto sum = [&](int64_t begin, int64_t end, int) {
+    kernels_.add(data + begin, terms + begin, end - begin);
+  };
+  parallel_ranges(threads_for(count), count, sum, kFlatChunk);
 }
 
 void CpuBackend::transform(DeviceBuffer& x, int64_t rows, const PreparedTransform& basis,
@@ -289,12 +293,11 @@ void CpuBackend::transform(DeviceBuffer& x, int64_t rows, const PreparedTransfor
   const size_t bytes = static_cast<size_t>(n_threads_ * transform.block()) * sizeof(float);
   if (transform_scratch_.size() < bytes) transform_scratch_ = AlignedBuffer(bytes);
   float* data = as_cpu(x).data();
-#pragma omp parallel for schedule(static) num_threads(threads_for(8 * rows * size))
-  for (int64_t item = 0; item < rows * n_blocks; ++item) {
+  for_rows(rows * n_blocks, 8 * transform.block(), [&](int64_t item, int worker) {
     float* row = data + item / n_blocks * size;
-    float* scratch = transform_scratch_.as<float>() + omp_get_thread_num() * transform.block();
+    float* scratch = transform_scratch_.as<float>() + worker * transform.block();
     transform.apply_block(kernels_, row, item % n_blocks, inverse, scratch, row);
-  }
+  });
 }
 
 void CpuBackend::copy_rows(const DeviceBuffer& src, int64_t first_row, int64_t rows, int64_t cols,

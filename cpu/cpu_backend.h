@@ -54,6 +54,9 @@ class CpuBackend : public Backend {
 
  private:
   int threads_for(int64_t n_floats) const;
+  /// body(row, worker) for every row, divided among threads if there is work for them.
+  template <typename Body>
+  void for_rows(int64_t rows, int64_t floats_each, const Body& body) const;
   void prepare_angles(const RopeTable& table, int64_t half, int64_t pos0, int64_t rows);
 
   int n_threads_;

@@ -6,13 +6,12 @@
 // Error     (kGemmDepth + depth / kGemmDepth) * 2^-24 * sum |a b|; tests/test_gemm.cpp
 #include "cpu/gemm.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 #include "model/tensor.h"
 
 namespace tq {
@@ -90,19 +89,15 @@ void run_gemms(const Kernels& kernels, int n_threads, std::span<const GemmJob> j
     cuts.emplace_back(job, divide_up(min_items, static_cast<int64_t>(jobs.size())));
     n_items += cuts.back().n_items();
   }
-#pragma omp parallel num_threads(n_threads)
-  {
-    AlignedBuffer scratch(static_cast<size_t>(n_scratch) * sizeof(float));
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < n_items; ++item) {
-      size_t which = 0;
-      int64_t index = item;
-      while (index >= cuts[which].n_items()) index -= cuts[which++].n_items();
-      GemmJob part = part_of(jobs[which], cuts[which], index);
-      part.scratch = scratch.as<float>();
-      kernels.gemm(part);
-    }
-  }
+  PerWorker<AlignedBuffer> scratch(n_threads);
+  parallel_items(n_threads, n_items, [&](int64_t item, int worker) {
+    size_t which = 0;
+    int64_t index = item;
+    while (index >= cuts[which].n_items()) index -= cuts[which++].n_items();
+    GemmJob part = part_of(jobs[which], cuts[which], index);
+    part.scratch = scratch.get(worker, static_cast<size_t>(n_scratch) * sizeof(float)).as<float>();
+    kernels.gemm(part);
+  });
 }
 
 }  // namespace tq

@@ -1,7 +1,8 @@
 // linear - see linear.h.
 //
-// One parallel region a call: transform -> round -> products with W and A -> round x A^T -> product
-// with B. Which arithmetic a product uses follows from the matrix and the rounding of its input:
+// A call is a few parallel loops: transform -> round -> products with W and A -> round x A^T ->
+// product with B. Which arithmetic a product uses follows from the matrix and the rounding of its
+// input:
 //
 //             input rounded (act.bits < 16)              input not rounded
 //   packed    exact integers (packed_matmul.h)           rows expanded to f32, dense kernel
@@ -9,12 +10,11 @@
 //             A, B (16-bit branch): dense, unrounded
 #include "cpu/linear.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "cpu/matmul.h"
+#include "cpu/parallel.h"
 #include "model/error.h"
 
 namespace tq {
@@ -25,6 +25,7 @@ constexpr int64_t kFewTokens = 24;
 // Products that one thread finishes in some ten microseconds: waking the others takes as long, and
 // far longer on a machine that has other work to do.
 constexpr int64_t kMacsForThreads = 200'000;
+constexpr int64_t kFloatsForThreads = 8192;
 // Rows of a packed matrix expanded to f32 at a time: two tiles of the dense kernels.
 constexpr int64_t kExpandedRows = 8;
 
@@ -92,20 +93,17 @@ class Plan {
   size_t memory_bytes() const { return arena_.used(); }
 
   void run(const Kernels& kernels) {
-#pragma omp parallel num_threads(n_threads_)
-    {
-      if (transform_) run_transform(kernels);
-      run_roundings(kernels, first_);
-      run_products(kernels, first_, wide_);
-      if (!narrow_.empty()) {
-#pragma omp barrier
-        run_roundings(kernels, second_);
-        run_products(kernels, second_, narrow_);
-      }
-    }
+    if (transform_) run_transform(kernels);
+    run_roundings(kernels, first_);
+    run_products(kernels, first_, wide_);
+    run_roundings(kernels, second_);
+    run_products(kernels, second_, narrow_);
   }
 
  private:
+  // Rounding or transforming less than this takes a microsecond, and so does handing a loop over.
+  int threads_for(int64_t n_floats) const { return n_floats < kFloatsForThreads ? 1 : n_threads_; }
+
   // Index of a rounding of `input` in `list`, made if it is not there.
   size_t rounding_of(std::vector<Rounding>& list, const float* input, int64_t cols,
                      const ActQuant& act) {
@@ -175,13 +173,15 @@ class Plan {
 
   void run_transform(const Kernels& kernels) {
     const int64_t n_blocks = transform_->n_blocks();
-    float* scratch = transform_scratch_ + omp_get_thread_num() * transform_->block();
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < rows_ * n_blocks; ++item) {
-      const int64_t row = item / n_blocks;
-      transform_->apply_block(kernels, x_ + row * cols_, item % n_blocks, false, scratch,
-                              transformed_ + row * cols_);
-    }
+    const auto blocks = [&](int64_t begin, int64_t end, int worker) {
+      float* scratch = transform_scratch_ + worker * transform_->block();
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t row = item / n_blocks;
+        transform_->apply_block(kernels, x_ + row * cols_, item % n_blocks, false, scratch,
+                                transformed_ + row * cols_);
+      }
+    };
+    parallel_ranges(threads_for(8 * rows_ * cols_), rows_ * n_blocks, blocks);
   }
 
   void run_roundings(const Kernels& kernels, std::vector<Rounding>& roundings) {
@@ -189,15 +189,17 @@ class Plan {
       const RoundedTokens& tokens = rounding.tokens;
       // Groups of one unit follow each other.
       const int64_t together = rounding.act.two_level ? tokens.n_groups : 1;
-#pragma omp for schedule(static)
-      for (int64_t first = 0; first < rows_ * tokens.n_groups; first += together) {
-        const int64_t row = first / tokens.n_groups;
-        const float unit = token_unit(kernels, rounding.input + row * tokens.cols, tokens.cols,
-                                      rounding.act, tokens.codes + row * tokens.padded_cols);
-        for (int64_t item = first; item < first + together; ++item) {
-          round_group(kernels, rounding, row, item % tokens.n_groups, unit);
+      const auto groups = [&](int64_t begin, int64_t end, int) {
+        for (int64_t first = begin; first < end; first += together) {
+          const int64_t row = first / tokens.n_groups;
+          const float unit = token_unit(kernels, rounding.input + row * tokens.cols, tokens.cols,
+                                        rounding.act, tokens.codes + row * tokens.padded_cols);
+          for (int64_t item = first; item < first + together; ++item) {
+            round_group(kernels, rounding, row, item % tokens.n_groups, unit);
+          }
         }
-      }
+      };
+      parallel_ranges(threads_for(rows_ * tokens.cols), rows_ * tokens.n_groups, groups, together);
     }
   }
 
@@ -226,43 +228,42 @@ class Plan {
     }
   }
 
-  // No barrier at the end.
   void run_products(const Kernels& kernels, const std::vector<Rounding>& roundings,
                     const std::vector<Product>& products) {
     if (rows_ < kFewTokens) {
-      run_row_stretch(kernels, roundings, products);
+      int64_t total = 0;
+      for (const Product& product : products) total += n_panels(product);
+      const auto stretch = [&](int64_t begin, int64_t end, int worker) {
+        run_row_stretch(kernels, roundings, products, begin, end, worker);
+      };
+      parallel_ranges(n_threads_, total, stretch);
       return;
     }
     int64_t n_items = 0;
     for (const Product& product : products) n_items += product.grid.n_items();
-      // Dealt out one by one: the products differ in size, and so do their items.
-#pragma omp for schedule(static, 1) nowait
-    for (int64_t item = 0; item < n_items; ++item) {
-      int64_t index = item;
+    parallel_items(n_threads_, n_items, [&](int64_t item, int worker) {
       size_t which = 0;
-      while (index >= products[which].grid.n_items()) index -= products[which++].grid.n_items();
-      WorkGrid::Rectangle area = products[which].grid.at(index);
-      run_product(kernels, roundings, products[which], area);
-    }
+      while (item >= products[which].grid.n_items()) item -= products[which++].grid.n_items();
+      run_product(kernels, roundings, products[which], products[which].grid.at(item), worker);
+    });
   }
 
-  // The panels of all products in one row, cut in n_threads pieces of equal length.
+  static int64_t n_panels(const Product& product) {
+    return (product.matrix->rows + kPanelRows - 1) / kPanelRows;
+  }
+
+  // Panels [begin, end) of all products, counted one product after the other.
   void run_row_stretch(const Kernels& kernels, const std::vector<Rounding>& roundings,
-                       const std::vector<Product>& products) {
-    const auto n_panels = [](const Product& product) {
-      return (product.matrix->rows + kPanelRows - 1) / kPanelRows;
-    };
-    int64_t total = 0;
-    for (const Product& product : products) total += n_panels(product);
-    const int64_t thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
-    int64_t begin = total * thread / n_threads, end = total * (thread + 1) / n_threads;
+                       const std::vector<Product>& products, int64_t begin, int64_t end,
+                       int worker) {
     for (const Product& product : products) {
       const int64_t count = n_panels(product);
       const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, count);
       if (first < last) {
         run_product(
             kernels, roundings, product,
-            {0, rows_, first * kPanelRows, std::min(last * kPanelRows, product.matrix->rows)});
+            {0, rows_, first * kPanelRows, std::min(last * kPanelRows, product.matrix->rows)},
+            worker);
       }
       begin -= count;
       end -= count;
@@ -270,7 +271,7 @@ class Plan {
   }
 
   void run_product(const Kernels& kernels, const std::vector<Rounding>& roundings,
-                   const Product& product, const WorkGrid::Rectangle& area) {
+                   const Product& product, const WorkGrid::Rectangle& area, int worker) {
     if (product.panels) {
       const Rounding& rounding = roundings[product.rounding];
       PackedJob job = packed_job(*product.panels, rounding.tokens,
@@ -279,7 +280,7 @@ class Plan {
       area.limit(job);
       kernels.packed(job);
     } else if (product.matrix->packed()) {
-      run_expanded(kernels, product, area);
+      run_expanded(kernels, product, area, worker);
     } else {
       DenseJob job = dense_job(*product.matrix, product.input, product.out, rows_);
       job.accumulate = product.accumulate;
@@ -288,10 +289,10 @@ class Plan {
     }
   }
 
-  void run_expanded(const Kernels& kernels, const Product& product,
-                    const WorkGrid::Rectangle& area) {
+  void run_expanded(const Kernels& kernels, const Product& product, const WorkGrid::Rectangle& area,
+                    int worker) {
     const Matrix& w = *product.matrix;
-    float* expanded = expand_scratch_ + omp_get_thread_num() * kExpandedRows * expand_cols_;
+    float* expanded = expand_scratch_ + worker * kExpandedRows * expand_cols_;
     for (int64_t row = area.row_begin; row < area.row_end; row += kExpandedRows) {
       const int64_t count = std::min(kExpandedRows, area.row_end - row);
       for (int64_t i = 0; i < count; ++i) expand_row(kernels, w, row + i, expanded + i * w.cols);

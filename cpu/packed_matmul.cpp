@@ -19,6 +19,7 @@
 #include <numeric>
 
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 #include "model/error.h"
 
 namespace tq {
@@ -122,10 +123,11 @@ PackedPanels pack_panels(const Matrix& w, int64_t x_group, int n_threads) {
   const int64_t n_rows = out.n_panels() * kPanelRows;
   out.codes = AlignedBuffer(static_cast<size_t>(n_rows * out.padded_cols * out.bits / 8));
   out.scales = AlignedBuffer(static_cast<size_t>(n_rows * out.n_w_groups * 2));
-#pragma omp parallel for schedule(static) num_threads(n_threads)
-  for (int64_t panel = 0; panel < out.n_panels(); ++panel) {
-    out.bits == 4 ? pack_panel<4>(w, panel, out) : pack_panel<8>(w, panel, out);
-  }
+  parallel_ranges(n_threads, out.n_panels(), [&](int64_t begin, int64_t end, int) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      out.bits == 4 ? pack_panel<4>(w, panel, out) : pack_panel<8>(w, panel, out);
+    }
+  });
   return out;
 }
 

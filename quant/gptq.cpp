@@ -8,6 +8,7 @@
 #include <numeric>
 #include <string>
 
+#include "cpu/parallel.h"
 #include "model/error.h"
 #include "quant/eigen.h"
 #include "quant/strip.h"
@@ -92,24 +93,21 @@ void Gram::add(const float* x, int64_t rows, int threads) {
   for (int64_t first = 0; first < rows; first += kGramRows) {
     const int64_t count = std::min(kGramRows, rows - first);
     const auto panel = [&](int64_t tile) { return panels.as<float>() + tile * kGramRows * kTile; };
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-      for (int64_t tile = 0; tile < n_tiles; ++tile) {
+    parallel_ranges(threads, n_tiles, [&](int64_t begin, int64_t end, int) {
+      for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t width = std::min(kTile, n_ - tile * kTile);  // columns past n_ stay zero
         for (int64_t row = 0; row < count; ++row) {
           std::copy_n(x + (first + row) * n_ + tile * kTile, width, panel(tile) + row * kTile);
         }
       }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < n_tiles; ++i) {
-        alignas(64) float product[kTile * kTile];
-        for (int64_t j = i; j < n_tiles; ++j) {
-          multiply_panels(panel(i), panel(j), count, product);
-          add_tile(product, i * kTile, j * kTile, n_, sum_.data());
-        }
+    });
+    parallel_items(threads, n_tiles, [&](int64_t i, int) {
+      alignas(64) float product[kTile * kTile];
+      for (int64_t j = i; j < n_tiles; ++j) {
+        multiply_panels(panel(i), panel(j), count, product);
+        add_tile(product, i * kTile, j * kTile, n_, sum_.data());
       }
-    }
+    });
   }
   n_rows_ += rows;
 }
@@ -162,8 +160,7 @@ GptqFactor factorize(const Gram& gram, int threads, const char* where, ColumnOrd
   }
   factor.u.assign(static_cast<size_t>(n * n), 0.0f);
   const int64_t n_blocks = (n + kSolveColumns - 1) / kSolveColumns;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t block = 0; block < n_blocks; ++block) {
+  parallel_items(threads, n_blocks, [&](int64_t block, int) {
     // Columns c0.. of L^-1 are zero above row c0: only the trailing corner is solved.
     const int64_t c0 = block * kSolveColumns, width = std::min(kSolveColumns, n - c0);
     MatrixRM inverse = MatrixRM::Identity(n - c0, width);
@@ -174,7 +171,7 @@ GptqFactor factorize(const Gram& gram, int threads, const char* where, ColumnOrd
             static_cast<float>(inverse(i, j));
       }
     }
-  }
+  });
   return factor;
 }
 
@@ -183,24 +180,22 @@ double output_energy(const FloatMatrix& w, const Gram& gram, int threads) {
   const int64_t n = w.cols, strips = n_strips(w.rows);
   TQ_CHECK(n == gram.size());
   std::vector<double> energy(static_cast<size_t>(strips * kStripRows));
-#pragma omp parallel num_threads(threads)
-  {
-    AlignedBuffer narrow(static_cast<size_t>(n * kStripRows) * sizeof(float));
-    AlignedBuffer wide(static_cast<size_t>(n * kHalf) * sizeof(double));
+  PerWorker<AlignedBuffer> narrows(threads), wides(threads);
+  parallel_items(threads, strips, [&](int64_t strip, int worker) {
+    AlignedBuffer& narrow =
+        narrows.get(worker, static_cast<size_t>(n * kStripRows) * sizeof(float));
+    AlignedBuffer& wide = wides.get(worker, static_cast<size_t>(n * kHalf) * sizeof(double));
     alignas(64) double lanes[kHalf];
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      load_strip(w, strip, narrow.as<float>());
-      for (int64_t half = 0; half < 2; ++half) {
-        for (int64_t col = 0; col < n; ++col) {
-          const float* from = narrow.as<float>() + col * kStripRows + half * kHalf;
-          std::copy_n(from, kHalf, wide.as<double>() + col * kHalf);
-        }
-        strip_energy(wide.as<double>(), gram.data(), n, lanes);
-        std::copy_n(lanes, kHalf, energy.data() + strip * kStripRows + half * kHalf);
+    load_strip(w, strip, narrow.as<float>());
+    for (int64_t half = 0; half < 2; ++half) {
+      for (int64_t col = 0; col < n; ++col) {
+        const float* from = narrow.as<float>() + col * kStripRows + half * kHalf;
+        std::copy_n(from, kHalf, wide.as<double>() + col * kHalf);
       }
+      strip_energy(wide.as<double>(), gram.data(), n, lanes);
+      std::copy_n(lanes, kHalf, energy.data() + strip * kStripRows + half * kHalf);
     }
-  }
+  });
   double total = 0;
   for (double value : energy) total += value;
   return total;

@@ -6,6 +6,7 @@
 #include <numbers>
 #include <numeric>
 
+#include "cpu/parallel.h"
 #include "model/error.h"
 #include "quant/branch.h"
 #include "quant/gl.h"
@@ -315,8 +316,8 @@ class Learner {
     for (Descending& head : heads_) {
       if (head.touched()) moving.push_back(&head);
     }
-#pragma omp parallel for num_threads(options_.threads) schedule(dynamic, 1)
-    for (size_t i = 0; i < moving.size(); ++i) moving[i]->step(factor);
+    parallel_items(options_.threads, std::ssize(moving),
+                   [&](int64_t i, int) { moving[static_cast<size_t>(i)]->step(factor); });
     if (branches_.empty()) return;
     for (int64_t layer : visited) {
       for (DescendingBranch& branch : branches_[static_cast<size_t>(layer)]) {

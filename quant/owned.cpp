@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "cpu/parallel.h"
 #include "model/error.h"
 
 namespace tq {
@@ -82,8 +83,9 @@ FloatLayer load_float_layer(const Model& model, int64_t index, int threads) {
     to.rows = from.rows;
     to.cols = from.cols;
     to.data.resize(static_cast<size_t>(from.rows * from.cols));
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < from.rows; ++row) matrix_row_f32(from, row, to.row(row));
+    parallel_ranges(threads, from.rows, [&](int64_t begin, int64_t end, int) {
+      for (int64_t row = begin; row < end; ++row) matrix_row_f32(from, row, to.row(row));
+    });
   }
   return layer;
 }

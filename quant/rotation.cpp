@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/parallel.h"
 #include "model/error.h"
 #include "model/hadamard.h"
 #include "quant/product.h"
@@ -118,11 +119,9 @@ void transform_rows(FloatMatrix& w, const Transform& transform, int64_t repeat, 
     w.cols = cols;
     return;
   }
-#pragma omp parallel num_threads(threads)
-  {
+  parallel_ranges(threads, w.rows, [&](int64_t begin, int64_t end, int) {
     std::vector<double> row(static_cast<size_t>(w.cols)), scratch;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < w.rows; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       std::copy_n(w.row(i), w.cols, row.data());
       for (int64_t r = 0; r < repeat; ++r) {
         apply_with_scratch(transform, row.data() + r * transform.size, false, scratch);
@@ -130,17 +129,15 @@ void transform_rows(FloatMatrix& w, const Transform& transform, int64_t repeat, 
       std::transform(row.begin(), row.end(), w.row(i),
                      [](double value) { return static_cast<float>(value); });
     }
-  }
+  });
 }
 
 void transform_columns(FloatMatrix& w, const Transform& transform, int64_t repeat, int threads) {
   if (!transform.active()) return;
   TQ_CHECK(transform.size * repeat == w.rows);
-#pragma omp parallel num_threads(threads)
-  {
+  const auto panels = [&](int64_t begin, int64_t end, int) {
     std::vector<double> panel(static_cast<size_t>(w.rows * kColumnPanel)), scratch;
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < w.cols; first += kColumnPanel) {
+    for (int64_t first = begin; first < end; first += kColumnPanel) {
       const int64_t count = std::min(kColumnPanel, w.cols - first);
       for (int64_t row = 0; row < w.rows; ++row) {
         for (int64_t c = 0; c < count; ++c) panel[c * w.rows + row] = w.row(row)[first + c];
@@ -157,16 +154,19 @@ void transform_columns(FloatMatrix& w, const Transform& transform, int64_t repea
         }
       }
     }
-  }
+  };
+  parallel_ranges(threads, w.cols, panels, kColumnPanel);
 }
 
 void fold_norm_gains(FloatLayer& layer, int threads) {
   const auto fold = [&](LinearIndex index, const std::vector<float>& gain) {
     FloatMatrix& w = layer.linears[index];
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < w.rows; ++row) {
-      for (int64_t col = 0; col < w.cols; ++col) w.row(row)[col] *= gain[static_cast<size_t>(col)];
-    }
+    parallel_ranges(threads, w.rows, [&](int64_t begin, int64_t end, int) {
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t col = 0; col < w.cols; ++col)
+          w.row(row)[col] *= gain[static_cast<size_t>(col)];
+      }
+    });
   };
   for (LinearIndex index : {kWq, kWk, kWv}) fold(index, layer.attn_norm);
   for (LinearIndex index : {kWGate, kWUp}) fold(index, layer.ffn_norm);

@@ -2,9 +2,11 @@
 #include "quant/rounding.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numeric>
 
+#include "cpu/parallel.h"
 #include "model/error.h"
 #include "quant/gptq.h"
 #include "quant/strip.h"
@@ -265,27 +267,25 @@ Rounded round_matrix(const FloatMatrix& w, const RoundingSpec& spec, const GptqF
   const auto column = [&](int64_t at) { return factor ? factor->column(at) : at; };
   std::vector<int64_t> position(static_cast<size_t>(w.cols));
   for (int64_t at = 0; at < w.cols; ++at) position[static_cast<size_t>(column(at))] = at;
-  int64_t n_clipped = 0;
   const int64_t all = n_strips(w.rows);
   const int64_t together =
       factor ? std::clamp<int64_t>(all / (kTurnsPerThread * threads), 1, kMostStrips) : 1;
-#pragma omp parallel num_threads(threads) reduction(+ : n_clipped)
-  {
-    std::vector<StripBuffers> buffers;
-    for (int64_t i = 0; i < together; ++i) buffers.emplace_back(w.cols, out.view().n_groups());
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t first = 0; first < all; first += together) {
-      const std::span strips(buffers.data(), static_cast<size_t>(std::min(together, all - first)));
-      for (size_t i = 0; i < strips.size(); ++i) {
-        load_strip(w, first + static_cast<int64_t>(i), column, strips[i].columns.as<float>());
-        if (spec.two_level) find_units(spec, range, w.cols, strips[i]);
-      }
-      n_clipped += round_strips(w.cols, w.rows - first * kStripRows, spec, range, factor, strips);
-      for (size_t i = 0; i < strips.size(); ++i) {
-        store_strip(strips[i], position, first + static_cast<int64_t>(i), spec, out);
-      }
+  PerWorker<std::vector<StripBuffers>> scratch(threads);
+  std::atomic<int64_t> n_clipped = 0;
+  parallel_items(threads, (all + together - 1) / together, [&](int64_t item, int worker) {
+    std::vector<StripBuffers>& buffers = scratch.get(worker);
+    while (std::ssize(buffers) < together) buffers.emplace_back(w.cols, out.view().n_groups());
+    const int64_t first = item * together;
+    const std::span strips(buffers.data(), static_cast<size_t>(std::min(together, all - first)));
+    for (size_t i = 0; i < strips.size(); ++i) {
+      load_strip(w, first + static_cast<int64_t>(i), column, strips[i].columns.as<float>());
+      if (spec.two_level) find_units(spec, range, w.cols, strips[i]);
     }
-  }
+    n_clipped += round_strips(w.cols, w.rows - first * kStripRows, spec, range, factor, strips);
+    for (size_t i = 0; i < strips.size(); ++i) {
+      store_strip(strips[i], position, first + static_cast<int64_t>(i), spec, out);
+    }
+  });
   result.n_clipped = n_clipped;
   return result;
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "cpu/linear.h"
+#include "cpu/parallel.h"
 
 namespace tq {
 namespace {
@@ -22,11 +23,9 @@ void round_tokens(const float* x, int64_t rows, int64_t cols, const ActQuant& ac
   }
   const Kernels& kernels = kernels_for(best_isa());
   const int64_t group = std::min(act.group, cols);
-#pragma omp parallel num_threads(threads)
-  {
+  parallel_ranges(threads, rows, [&](int64_t begin, int64_t end, int) {
     std::vector<int8_t> codes(static_cast<size_t>(cols));
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = begin; row < end; ++row) {
       const float unit = token_unit(kernels, x + row * cols, cols, act, codes.data());
       for (int64_t col = 0; col < cols; col += group) {
         const int64_t count = std::min(group, cols - col), at = row * cols + col;
@@ -37,7 +36,7 @@ void round_tokens(const float* x, int64_t rows, int64_t cols, const ActQuant& ac
         }
       }
     }
-  }
+  });
 }
 
 float search_clip(const float* x, int64_t rows, int64_t cols, const ActQuant& act, int threads) {

@@ -1,9 +1,8 @@
 // cmd_bench - `tq bench`: prefill and decode speed, and how much of the memory's read bandwidth
 // decoding uses. Tokenisation is outside the timed part, and so is sampling but for the choice of
 // the likeliest token.
-#include <omp.h>
-
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -11,6 +10,7 @@
 #ifdef TQ_WITH_CUDA
 #include "cuda/cuda_backend.h"
 #endif
+#include "cpu/parallel.h"
 #include "model/error.h"
 #include "tools/commands.h"
 #include "tools/profile_backend.h"
@@ -53,12 +53,18 @@ double read_bandwidth(int threads) {
   uint64_t total = 0;
   for (int i = 0; i < 5; ++i) {
     const double seconds = seconds_of([&] {
-      uint64_t sum = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : sum) schedule(static)
-      for (size_t block = 0; block < data.size(); block += 8) {
-        for (size_t j = 0; j < 8; ++j) sum += data[block + j];
-      }
-      total += sum;
+      std::atomic<uint64_t> sums = 0;
+      parallel_ranges(
+          threads, std::ssize(data),
+          [&](int64_t begin, int64_t end, int) {
+            uint64_t sum = 0;
+            for (int64_t block = begin; block < end; block += 8) {
+              for (int64_t j = 0; j < 8; ++j) sum += data[static_cast<size_t>(block + j)];
+            }
+            sums += sum;
+          },
+          8);
+      total += sums;
     });
     best = std::max(best, static_cast<double>(data.size() * 8) / seconds);
   }
@@ -136,7 +142,7 @@ void bench(const BenchOptions& options) {
     prefill.push_back(static_cast<double>(options.prompt) / prefill_seconds);
     if (options.decode > 0) decode.push_back(static_cast<double>(options.decode) / decode_seconds);
   }
-  const int threads = options.device.threads > 0 ? options.device.threads : omp_get_num_procs();
+  const int threads = options.device.threads > 0 ? options.device.threads : available_processors();
   const double bandwidth = device_bandwidth(*backend, threads);
   const uint64_t bytes =
       bytes_per_token(model, options.prompt + options.decode / 2, session_options.kv_bits);

@@ -5,16 +5,17 @@
 // post-processor adds at its start), cut into windows of ctx tokens without overlap, the tail
 // dropped; every window starts cold and scores its last ctx - 1 tokens. Numbers of other protocols
 // are not comparable: the output names this one, docs/results.md says where it comes from.
-#include <omp.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "cpu/softmax.h"
 #include "model/error.h"
 #include "tools/commands.h"
@@ -63,7 +64,7 @@ class Evaluator {
  public:
   Evaluator(const Runtime& runtime, const Runtime* reference, const EvalOptions& options)
       : kernels_(kernels_for(best_isa())),
-        n_threads_(options.device.threads > 0 ? options.device.threads : omp_get_max_threads()),
+        n_threads_(options.device.threads > 0 ? options.device.threads : available_processors()),
         vocab_(static_cast<size_t>(runtime.model.config.vocab_size)),
         valid_(static_cast<size_t>(runtime.tokenizer.size())),
         session_(runtime.prepared, runtime.session_options(options.ctx, options.device.kv_bits)) {
@@ -97,18 +98,17 @@ class Evaluator {
     scores.nll.resize(base + tokens.size());
     if (reference_) scores.kl.resize(scores.nll.size());
     session_.feed_all(tokens, [&](int64_t first, int64_t rows, std::span<const float> logits) {
-      int64_t agree = 0;
-#pragma omp parallel for schedule(static) reduction(+ : agree) num_threads(n_threads_)
-      for (int64_t row = 0; row < rows; ++row) {
+      std::atomic<int64_t> agree = 0;
+      parallel_items(n_threads_, rows, [&](int64_t row, int) {
         const std::span ours = logits.subspan(static_cast<size_t>(row) * vocab_, valid_);
         const size_t index = static_cast<size_t>(first + row);
         scores.nll[base + index] =
             log_sum_exp(kernels_, ours) - ours[static_cast<size_t>(targets[index])];
-        if (!reference_) continue;
+        if (!reference_) return;
         const std::span<const float> theirs(reference_logits_.data() + index * vocab_, valid_);
         scores.kl[base + index] = kl_divergence(kernels_, theirs, ours);
         agree += index_of_max(kernels_, theirs) == index_of_max(kernels_, ours);
-      }
+      });
       scores.top1_agree += agree;
     });
   }

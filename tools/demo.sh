@@ -7,8 +7,6 @@
 # Steps are skipped when their result is in demo/ already. `make demo` calls this after the build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# Threads that wait do not spin: many times faster where other programs use the cores as well.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 mkdir -p demo
 
 megabytes() { du -cb "$@" | awk 'END { printf "%.1f MB", $1 / 1e6 }'; }
