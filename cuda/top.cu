@@ -8,7 +8,8 @@
 // Memory    x once; 600 KB for a large vocabulary -> latency of two small kernels
 // Constants 2048 numbers a block of 1024 threads: two stages up to count 27 at 150,000 numbers
 // Requires  count <= kMaxTop
-// Error     exact; NaN comes first, -0 and 0 are ties. tests/test_cuda_ops.cpp
+// Error     exact; what is not finite comes first, as NaN; -0 and 0 are ties.
+// tests/test_cuda_ops.cpp
 #include <algorithm>
 #include <bit>
 
@@ -24,7 +25,7 @@ constexpr int kThreads = 1024, kStretch = 2 * kThreads;
 __device__ inline uint64_t key_of(float x, int64_t index) {
   const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 -> 0
   uint32_t order = bits >> 31 ? ~bits : bits | 0x80000000u;
-  if (isnan(x)) order = 0xFFFFFFFFu;
+  if (!isfinite(x)) order = 0xFFFFFFFFu;
   return uint64_t{order} << 32 | static_cast<uint32_t>(~index);
 }
 __device__ inline uint64_t load_key(const float* x, int64_t i) {

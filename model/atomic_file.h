@@ -25,6 +25,8 @@ class AtomicFile {
   /// Overwrites bytes written before, without moving the end.
   void write_at(uint64_t offset, const void* data, size_t bytes);
   uint64_t size() const { return size_; }
+  /// Where the bytes are until finish().
+  const std::string& temp_path() const { return temp_path_; }
   void finish();
 
  private:

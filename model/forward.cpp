@@ -5,6 +5,8 @@
 #include "model/forward.h"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -39,6 +41,13 @@ PreparedSkip prepare_skip(Backend& backend, const std::optional<LowRankStep>& sk
   linear.weight = skip->b;
   prepared.b = backend.prepare(linear);
   return prepared;
+}
+
+bool all_finite(std::span<const float> values) {
+  constexpr uint32_t kExponent = 0x7F800000;
+  bool finite = true;
+  for (float value : values) finite &= (std::bit_cast<uint32_t>(value) & kExponent) != kExponent;
+  return finite;
 }
 
 // x <- x + (x A^T) B^T. x_norm is free: the linears that read it have run.
@@ -130,7 +139,7 @@ void forward_layer(Backend& backend, const Config& config, const PreparedLayer& 
   backend.add(*acts.x, *acts.proj, rows * config.dim);
 }
 
-PreparedModel::PreparedModel(const Model& model, Backend& backend)
+PreparedModel::PreparedModel(const Model& model, Backend& backend, LayerResidence residence)
     : model_(model),
       backend_(backend),
       tok_embed_(backend.prepare_table(model.tok_embed)),
@@ -146,8 +155,10 @@ PreparedModel::PreparedModel(const Model& model, Backend& backend)
   key_basis.size = model.config.head_dim;
   key_basis.block = hadamard_block(model.config.head_dim);
   key_basis_ = backend.prepare_transform(key_basis);
-  layers_.reserve(model.layers.size());
-  for (const Layer& layer : model.layers) layers_.push_back(prepare_layer(backend, layer));
+  if (residence == LayerResidence::kAll) {
+    layers_.reserve(model.layers.size());
+    for (const Layer& layer : model.layers) layers_.push_back(prepare_layer(backend, layer));
+  }
   rope_.inv_freq = rope_inv_freq(model.config.rope, model.config.head_dim);
   rope_.attention_factor = static_cast<float>(model.config.rope.attention_factor);
 }
@@ -164,11 +175,16 @@ Session::Session(const PreparedModel& model, const SessionOptions& options)
   logits_.resize(static_cast<size_t>(logit_rows * config.vocab_size));
 }
 
+int64_t Session::n_valid() const {
+  const int64_t vocab = model_.config().vocab_size;
+  return options_.valid_vocab > 0 ? std::min(options_.valid_vocab, vocab) : vocab;
+}
+
 void Session::check_fits(std::span<const int32_t> tokens) const {
   const int64_t count = static_cast<int64_t>(tokens.size());
-  if (count > options_.ctx - position_) {
+  if (count > options_.ctx - position()) {
     throw Error(ErrorKind::kBadData, "prompt does not fit", model_.model().source,
-                std::to_string(position_ + count) + " tokens, the context is " +
+                std::to_string(position() + count) + " tokens, the context is " +
                     std::to_string(options_.ctx),
                 "raise --ctx or shorten the text");
   }
@@ -181,17 +197,51 @@ void Session::check_fits(std::span<const int32_t> tokens) const {
   }
 }
 
-void Session::run_chunk(std::span<const int32_t> tokens) {
+void Session::run_chunk(std::span<const int32_t> tokens,
+                        const std::function<void(int64_t layer)>& behind) {
   Backend& backend = model_.backend();
   const int64_t rows = static_cast<int64_t>(tokens.size());
   backend.embed(*model_.tok_embed_, tokens, *acts_.x);
   if (model_.residual_basis_) backend.transform(*acts_.x, rows, *model_.residual_basis_, false);
-  for (size_t layer = 0; layer < model_.layers_.size(); ++layer) {
-    forward_layer(backend, model_.config(), model_.layers_[layer], model_.rope_, *cache_,
-                  static_cast<int64_t>(layer), position_, rows, acts_, nullptr,
+  if (behind) behind(-1);
+  const std::vector<PreparedLayer>& all = model_.layers_;
+  for (int64_t layer = 0; layer < model_.config().n_layers; ++layer) {
+    const size_t index = static_cast<size_t>(layer);
+    PreparedLayer made;
+    if (all.empty()) made = prepare_layer(backend, model_.model().layers[index]);
+    forward_layer(backend, model_.config(), all.empty() ? made : all[index], model_.rope_, *cache_,
+                  layer, position(), rows, acts_, nullptr,
                   options_.kv_bits < 16 ? model_.key_basis_.get() : nullptr);
+    if (all.empty()) backend.synchronize();  // before the layer goes
+    if (behind) behind(layer);
   }
-  position_ += rows;
+  timeline_.insert(timeline_.end(), tokens.begin(), tokens.end());
+}
+
+// Runs the timeline again, looking at the stream behind every layer: slow, but only for the
+// message.
+void Session::refuse_not_finite() {
+  const std::vector<int32_t> tokens = std::exchange(timeline_, {});
+  int64_t first = model_.config().n_layers;  // the head
+  std::vector<float> x;
+  for (size_t done = 0; done < tokens.size();) {
+    const size_t rows = std::min(static_cast<size_t>(acts_.max_rows), tokens.size() - done);
+    x.resize(rows * static_cast<size_t>(model_.config().dim));
+    run_chunk(std::span(tokens).subspan(done, rows), [&](int64_t layer) {
+      if (layer >= first) return;
+      model_.backend().download(*acts_.x, 0, x);
+      if (!all_finite(x)) first = layer;
+    });
+    done += rows;
+  }
+  const std::string place = first < 0                           ? "the embedding"
+                            : first == model_.config().n_layers ? "the head"
+                                                                : "layer " + std::to_string(first);
+  throw Error(ErrorKind::kBadData, "the model's numbers are not finite", model_.model().source,
+              "NaN or infinity, first behind " + place +
+                  (first >= 0 && first < model_.config().n_layers
+                       ? " (of 0.." + std::to_string(model_.config().n_layers - 1) + ")"
+                       : ""));
 }
 
 // logits_device_ <- the head's outputs for rows of the last chunk.
@@ -209,13 +259,17 @@ std::span<const float> Session::compute_logits(int64_t first_row, int64_t rows) 
   run_head(first_row, rows);
   const std::span<float> logits(logits_.data(), static_cast<size_t>(rows * config.vocab_size));
   model_.backend().download(*logits_device_, 0, logits);
-  // Rows that pad the vocabulary to a round size are noise, loud noise in a 4-bit head.
-  if (options_.valid_vocab > 0) {
-    for (int64_t row = 0; row < rows; ++row) {
-      float* begin = logits.data() + row * config.vocab_size;
-      std::fill(begin + std::min(options_.valid_vocab, config.vocab_size),
-                begin + config.vocab_size, -std::numeric_limits<float>::infinity());
+  const size_t valid = static_cast<size_t>(n_valid());
+  for (int64_t row = 0; row < rows; ++row) {
+    if (!all_finite(logits.subspan(static_cast<size_t>(row * config.vocab_size), valid))) {
+      refuse_not_finite();
     }
+  }
+  // Rows that pad the vocabulary to a round size are noise, loud noise in a 4-bit head.
+  for (int64_t row = 0; row < rows; ++row) {
+    float* begin = logits.data() + row * config.vocab_size;
+    std::fill(begin + n_valid(), begin + config.vocab_size,
+              -std::numeric_limits<float>::infinity());
   }
   return logits;
 }
@@ -241,9 +295,8 @@ std::span<const float> Session::feed(std::span<const int32_t> tokens) {
 
 std::span<const Candidate> Session::feed_top(std::span<const int32_t> tokens, int64_t count) {
   run_head(run_chunks(tokens) - 1, 1);
-  const int64_t vocab = model_.config().vocab_size;
-  const int64_t n = options_.valid_vocab > 0 ? std::min(options_.valid_vocab, vocab) : vocab;
-  model_.backend().top(*logits_device_, n, count, candidates_);
+  model_.backend().top(*logits_device_, n_valid(), count, candidates_);
+  if (!std::isfinite(candidates_.front().logit)) refuse_not_finite();
   return candidates_;
 }
 
@@ -265,8 +318,8 @@ void Session::feed_all(std::span<const int32_t> tokens, const LogitsSink& sink) 
 }
 
 void Session::truncate(int64_t n_tokens) {
-  TQ_CHECK(n_tokens >= 0 && n_tokens <= position_);
-  position_ = n_tokens;
+  TQ_CHECK(n_tokens >= 0 && n_tokens <= position());
+  timeline_.resize(static_cast<size_t>(n_tokens));
 }
 
 }  // namespace tq

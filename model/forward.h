@@ -57,10 +57,15 @@ void forward_layer(Backend& backend, const Config& config, const PreparedLayer& 
                    int64_t rows, Activations& acts, const LayerTap& tap = nullptr,
                    const PreparedTransform* key_basis = nullptr);
 
+/// Whether a PreparedModel has all its layers on the device, or makes each when it is its turn and
+/// drops it after: slow, for a few tokens of a model that need not fit.
+enum class LayerResidence { kAll, kOneAtATime };
+
 class PreparedModel {
  public:
   /// Both must outlive this object.
-  PreparedModel(const Model& model, Backend& backend);
+  PreparedModel(const Model& model, Backend& backend,
+                LayerResidence residence = LayerResidence::kAll);
   const Model& model() const { return model_; }
   const Config& config() const { return model_.config; }
   Backend& backend() const { return backend_; }
@@ -73,7 +78,7 @@ class PreparedModel {
   std::unique_ptr<PreparedTransform> residual_basis_, output_basis_;  // null when inactive
   std::unique_ptr<PreparedTransform> key_basis_;  // of one head, for a cache of codes
   BufferPtr final_norm_;
-  std::vector<PreparedLayer> layers_;
+  std::vector<PreparedLayer> layers_;  // empty if they are made one at a time
   std::unique_ptr<PreparedLinear> lm_head_;
   RopeTable rope_;
 };
@@ -91,7 +96,9 @@ class Session {
   Session(const PreparedModel& model, const SessionOptions& options);
 
   /// Appends tokens and returns the logits after the last one, [vocab_size], valid until the next
-  /// call. Throws kBadData if an id is out of range or the timeline would exceed ctx.
+  /// call. Throws kBadData if an id is out of range, the timeline would exceed ctx, or a logit is
+  /// NaN or infinite: then the message names the first layer behind which a number is. After that
+  /// error the session is of no use.
   std::span<const float> feed(std::span<const int32_t> tokens);
   /// The same, but only the `count` (0: all) largest, as top_candidates() orders them: all that
   /// sampling needs, and little to bring from a device. Ids from valid_vocab on are no candidates.
@@ -103,19 +110,23 @@ class Session {
   void feed_all(std::span<const int32_t> tokens, const LogitsSink& sink);
   /// Forgets everything after the first `n_tokens`.
   void truncate(int64_t n_tokens);
-  int64_t position() const { return position_; }
+  int64_t position() const { return static_cast<int64_t>(timeline_.size()); }
   int64_t ctx() const { return options_.ctx; }
 
  private:
   int64_t run_chunks(std::span<const int32_t> tokens);
-  void run_chunk(std::span<const int32_t> tokens);
+  /// behind(layer): called after each layer, -1 after the embedding.
+  void run_chunk(std::span<const int32_t> tokens,
+                 const std::function<void(int64_t layer)>& behind = nullptr);
+  [[noreturn]] void refuse_not_finite();
   void run_head(int64_t first_row, int64_t rows);
   std::span<const float> compute_logits(int64_t first_row, int64_t rows);
   void check_fits(std::span<const int32_t> tokens) const;
+  int64_t n_valid() const;  // logits that belong to tokens
 
   const PreparedModel& model_;
   SessionOptions options_;
-  int64_t position_ = 0;
+  std::vector<int32_t> timeline_;  // the tokens whose keys and values the cache holds
   Activations acts_;
   std::unique_ptr<KvCache> cache_;
   BufferPtr head_in_;          // [kLogitRows, dim]

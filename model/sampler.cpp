@@ -21,7 +21,8 @@ double Sampler::uniform() {
 void top_candidates(std::span<const float> logits, int64_t count, std::vector<Candidate>& out) {
   // Ties by id, so that the order, and with it the draw, does not depend on the sort.
   const auto before = [](const Candidate& a, const Candidate& b) {
-    if (std::isnan(a.logit) != std::isnan(b.logit)) return std::isnan(a.logit);
+    const bool a_broken = !std::isfinite(a.logit), b_broken = !std::isfinite(b.logit);
+    if (a_broken || b_broken) return a_broken != b_broken ? a_broken : a.id < b.id;
     return a.logit > b.logit || (!(a.logit < b.logit) && a.id < b.id);
   };
   const size_t keep =
@@ -42,14 +43,10 @@ void top_candidates(std::span<const float> logits, int64_t count, std::vector<Ca
 
 int32_t Sampler::sample(std::span<const Candidate> candidates) {
   TQ_CHECK(!candidates.empty());
-  TQ_CHECK(!std::isnan(candidates[0].logit), "a logit is not a number");
+  TQ_CHECK(std::isfinite(candidates[0].logit), "a logit is not a number");
   if (options_.temperature <= 0) return candidates[0].id;
 
   size_t keep = candidates.size();
-  while (keep > 0 && std::isinf(candidates[keep - 1].logit) && candidates[keep - 1].logit < 0) {
-    --keep;
-  }
-  TQ_CHECK(keep > 0, "every logit is -inf");
   std::vector<double> weights(keep);
   double total = 0;
   for (size_t i = 0; i < keep; ++i) {

@@ -24,7 +24,8 @@ struct Candidate {
   float logit;
   int32_t id;
 };
-/// The `count` (0: all) largest logits, largest first, the lower id first on ties, NaN before all.
+/// The `count` (0: all) largest logits, largest first, the lower id first on ties; before all what
+/// is not finite (NaN, +inf, -inf) by id, so that nobody ranks what is broken without seeing it.
 void top_candidates(std::span<const float> logits, int64_t count, std::vector<Candidate>& out);
 
 class Sampler {
@@ -32,8 +33,8 @@ class Sampler {
   explicit Sampler(const SamplerOptions& options);
   /// How many of the largest logits sample() looks at; 0 = all.
   int64_t n_candidates() const { return options_.temperature <= 0 ? 1 : options_.top_k; }
-  /// Next id. `candidates`: the n_candidates() largest, as top_candidates() orders them. Logits of
-  /// -inf are never chosen. Throws kInternal if the largest is NaN.
+  /// Next id. `candidates`: the n_candidates() largest, as top_candidates() orders them. Throws
+  /// kInternal if one is not finite.
   int32_t sample(std::span<const Candidate> candidates);
 
  private:

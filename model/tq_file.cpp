@@ -125,7 +125,8 @@ void TqWriter::add_skip(const std::string& name, const LowRankStep& skip) {
                   {"b", describe_matrix(name + ".b", skip.b)}};
 }
 
-void TqWriter::finish(const ModelTexts& texts, const Json& quantization) {
+void TqWriter::finish(const ModelTexts& texts, const Json& quantization,
+                      const std::function<void(const std::string& path)>& check) {
   for (const NamedText& text : kModelTexts) {
     const std::string& value = texts.*text.member;
     if (value.empty()) continue;
@@ -152,6 +153,7 @@ void TqWriter::finish(const ModelTexts& texts, const Json& quantization) {
   prologue.prologue_hash = XXH3_64bits(&prologue, offsetof(TqPrologue, prologue_hash));
   file_.write(text.data(), text.size());
   file_.write_at(0, &prologue, sizeof prologue);
+  if (check) check(file_.temp_path());
   file_.finish();
 }
 

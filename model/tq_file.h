@@ -4,6 +4,7 @@
 // the end of the file. The prologue is written last, so an interrupted copy is recognised.
 #pragma once
 
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
@@ -45,8 +46,10 @@ class TqWriter {
   void add_skip(const std::string& name, const LowRankStep& skip);
   /// The width of the KV cache that the model is meant for: 16, 8 or 4.
   void set_kv_bits(int bits) { kv_bits_ = bits; }
-  /// Writes header and prologue, fsyncs, renames. `quantization` is stored for inspection.
-  void finish(const ModelTexts& texts, const Json& quantization);
+  /// Writes header and prologue, fsyncs, renames. `quantization` is stored for inspection. `check`
+  /// sees the complete file under its temporary name; what it throws keeps the file from appearing.
+  void finish(const ModelTexts& texts, const Json& quantization,
+              const std::function<void(const std::string& path)>& check = nullptr);
   uint64_t bytes_written() const { return file_.size(); }
 
  private:

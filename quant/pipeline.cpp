@@ -362,7 +362,7 @@ class Pipeline {
     for (const LinearReport& linear : result_.linears) {
       header["distortion"][linear.name] = distortion_json(linear);
     }
-    writer_.finish(source_.texts, header);
+    writer_.finish(source_.texts, header, hooks_.try_file);
     result_.file_bytes = writer_.bytes_written();
     if (keeps_results_) store_.remove();
   }

@@ -29,6 +29,9 @@ struct QuantizeHooks {
   std::function<bool()> interrupted;
   /// A matrix of the source will not be read again soon (drop its mapped pages).
   std::function<void(const Matrix&)> done_with;
+  /// The file is complete and stands under this temporary name; an exception keeps it from
+  /// appearing.
+  std::function<void(const std::string& path)> try_file;
 };
 
 struct QuantizeResult {

@@ -459,7 +459,8 @@ TEST_F(Cuda, TopEqualsTheCpu) {
       ASSERT_EQ(results[1].size(), results[0].size());
       for (size_t i = 0; i < results[0].size(); ++i) {
         ASSERT_EQ(results[1][i].id, results[0][i].id) << "candidate " << i;
-        if (std::isnan(results[0][i].logit)) continue;
+        ASSERT_EQ(std::isfinite(results[1][i].logit), std::isfinite(results[0][i].logit));
+        if (!std::isfinite(results[0][i].logit)) continue;
         ASSERT_EQ(results[1][i].logit, results[0][i].logit) << "candidate " << i;
       }
     }

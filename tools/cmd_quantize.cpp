@@ -23,6 +23,7 @@
 #include "tokenizer/chat.h"
 #include "tools/commands.h"
 #include "tools/runtime.h"
+#include "tools/trial.h"
 
 namespace tq {
 namespace {
@@ -406,7 +407,9 @@ void quantize(const QuantizeArguments& args) {
         [&](const char* stage, int64_t step, int64_t n, double loss) {
           progress.descent(stage, step, n, loss);
         },
-        interrupted, model.release};
+        interrupted,
+        model.release,
+        [&](const std::string& path) { try_finished_file(path, args.output, options.threads); }};
     result = quantize_model(model, options, calibration ? &*calibration : nullptr, weights_hash,
                             *backend, args.output, args.resume, hooks);
   }
