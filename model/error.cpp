@@ -21,12 +21,15 @@ size_t utf8_length(const std::string& text, size_t i) {
   return length;
 }
 
-// Whether the valid character at `i` is C0, DEL, C1, or a bidi control (U+200E/F, U+202A..E,
-// U+2066..9).
+// Whether the valid character at `i` is C0, DEL or C1.
 bool is_control(const std::string& text, size_t i) {
   const auto byte = [&](size_t k) { return static_cast<unsigned char>(text[i + k]); };
-  if (byte(0) < 0x20 || byte(0) == 0x7F) return true;
-  if (byte(0) == 0xC2) return byte(1) < 0xA0;
+  return byte(0) < 0x20 || byte(0) == 0x7F || (byte(0) == 0xC2 && byte(1) < 0xA0);
+}
+
+// Whether it is a bidi control (U+200E/F, U+202A..E, U+2066..9): it can reorder a message.
+bool is_bidi(const std::string& text, size_t i) {
+  const auto byte = [&](size_t k) { return static_cast<unsigned char>(text[i + k]); };
   if (byte(0) != 0xE2) return false;
   if (byte(1) == 0x80) {
     return byte(2) == 0x8E || byte(2) == 0x8F || (byte(2) >= 0xAA && byte(2) <= 0xAE);
@@ -34,13 +37,13 @@ bool is_control(const std::string& text, size_t i) {
   return byte(1) == 0x81 && byte(2) >= 0xA6 && byte(2) <= 0xA9;
 }
 
-}  // namespace
-
-std::string printable(const std::string& text) {
+// What passes(i), for a valid character at i, does not let through is escaped.
+template <typename Passes>
+std::string escaped(const std::string& text, const Passes& passes) {
   std::string out;
   for (size_t i = 0; i < text.size();) {
     const size_t length = utf8_length(text, i);
-    if (length > 0 && !is_control(text, i)) {
+    if (length > 0 && passes(i)) {
       out.append(text, i, length);
       i += length;
       continue;
@@ -53,6 +56,17 @@ std::string printable(const std::string& text) {
     }
   }
   return out;
+}
+
+}  // namespace
+
+std::string printable(const std::string& text) {
+  return escaped(text, [&](size_t i) { return !is_control(text, i) && !is_bidi(text, i); });
+}
+
+std::string printable_text(const std::string& text) {
+  return escaped(
+      text, [&](size_t i) { return text[i] == '\n' || text[i] == '\t' || !is_control(text, i); });
 }
 
 Error::Error(ErrorKind kind, std::string what, std::string where, std::string why, std::string hint)

@@ -38,6 +38,10 @@ class Error : public std::exception {
 /// so that a message stays one harmless line.
 std::string printable(const std::string& text);
 
+/// The same for text of a model on its way to a terminal: newlines, tabs and the direction marks of
+/// right-to-left scripts stay.
+std::string printable_text(const std::string& text);
+
 [[noreturn]] void check_failed(const char* condition, const char* file, int line,
                                const std::string& note);
 

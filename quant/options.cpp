@@ -93,6 +93,25 @@ const char* loss_name(LearningLoss loss) {
   throw Error(ErrorKind::kUsage, "usage", "tq quantize", why, hint);
 }
 
+std::string linear_name(int64_t layer, const char* name) {
+  return "layers." + std::to_string(layer) + "." + name;
+}
+
+// Whether --keep PATTERN means this linear. Names are short; a bound on the pattern bounds the
+// depth to which std::regex recurses.
+bool keeps(const std::string& pattern, const std::string& name) {
+  constexpr size_t kMaxPattern = 256;
+  if (pattern.size() > kMaxPattern) {
+    usage("--keep: an expression of " + std::to_string(pattern.size()) + " bytes",
+          "at most " + std::to_string(kMaxPattern) + "; the option may be repeated");
+  }
+  try {
+    return std::regex_search(name, std::regex(pattern));
+  } catch (const std::regex_error& error) {
+    usage("--keep " + pattern + " is not a regular expression", error.what());
+  }
+}
+
 uint64_t matrix_bytes(int64_t rows, int64_t cols, int bits, int64_t group) {
   if (bits == 3) bits = 4;  // as they are stored
   const uint64_t row_bytes = static_cast<uint64_t>((cols * bits + 7) / 8);
@@ -147,9 +166,26 @@ void check_two_level(const QuantizeOptions& options) {
   }
 }
 
+// An expression that keeps nothing is a misspelt one.
+void check_keep(const QuantizeOptions& options, const Config& config) {
+  for (const std::string& pattern : options.keep) {
+    bool found = false;
+    for (int64_t layer = 0; layer < config.n_layers && !found; ++layer) {
+      for (const NamedLinear& linear : kLayerLinears) {
+        found = found || keeps(pattern, linear_name(layer, linear.name));
+      }
+    }
+    if (found) continue;
+    usage("--keep " + pattern + " matches no linear", "their names are layers.0.wq to layers." +
+                                                          std::to_string(config.n_layers - 1) +
+                                                          ".w_down; tq inspect lists them");
+  }
+}
+
 }  // namespace
 
 void check_options(const QuantizeOptions& options, const Config& config) {
+  check_keep(options, config);
   const bool rounds = options.rounding != RoundingKind::kStore;
   if (rounds != (options.bits_w < 16)) {
     usage("--bits-w " + std::to_string(options.bits_w) + " contradicts --method " + options.method);
@@ -271,15 +307,11 @@ std::vector<LinearPlan> plan_layer(const QuantizeOptions& options, const Config&
   std::vector<LinearPlan> plan;
   for (int i = 0; i < kNLinears; ++i) {
     LinearPlan linear;
-    linear.name = "layers." + std::to_string(layer) + "." + kLayerLinears[i].name;
+    linear.name = linear_name(layer, kLayerLinears[i].name);
     linear.out = shapes[i][0];
     linear.in = shapes[i][1];
     for (const std::string& pattern : options.keep) {
-      try {
-        if (std::regex_search(linear.name, std::regex(pattern))) linear.keep = true;
-      } catch (const std::regex_error& error) {
-        usage("--keep " + pattern + " is not a regular expression", error.what());
-      }
+      linear.keep = linear.keep || keeps(pattern, linear.name);
     }
     plan.push_back(linear);
   }

@@ -41,6 +41,13 @@ TEST(Printable, EscapesControlCharacters) {
   EXPECT_EQ(printable("\xE2\x81\xA6\xE2\x81\xA9"), "\\xE2\\x81\\xA6\\xE2\\x81\\xA9");
 }
 
+TEST(PrintableText, KeepsLinesAndDirectionMarksAndNothingElseThatControls) {
+  EXPECT_EQ(printable_text("a\n\tb"), "a\n\tb");
+  EXPECT_EQ(printable_text("\xE2\x80\x8F"), "\xE2\x80\x8F");  // right-to-left mark
+  EXPECT_EQ(printable_text("\x1b[2J\r\x7f"), "\\x1B[2J\\x0D\\x7F");
+  EXPECT_EQ(printable_text("\xC2\x9B\x9B"), "\\xC2\\x9B\\x9B");  // CSI, in UTF-8 and alone
+}
+
 TEST(Printable, KeepsTextOfAllLanguages) {
   for (const char* text : {"plain ASCII ~", "\xC2\xA0", "na\xC3\xAFve", "\xE2\x80\xA6",
                            "\xE4\xB8\xAD\xE6\x96\x87", "\xF0\x9F\x98\x80"}) {

@@ -180,6 +180,13 @@ TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
   expect_failure(2, kModel + output() + " --method rtn --calib-samples 3", "calibration options");
   expect_failure(2, kModel + output() + " --method rtn --device cuda", "calibration options");
   expect_failure(2, kModel + output() + learned() + " --device auto", "--device");
+  expect_failure(2, kModel + output() + " --keep nosuch", "--keep nosuch matches no linear");
+  expect_failure(2, kModel + output() + " --keep w_down --keep layers.9.wq", "layers.9.wq matches");
+  expect_failure(2, kModel + output() + " --keep '('", "not a regular expression");
+  const std::string deep(100'000, '(');
+  expect_failure(2, kModel + output() + " --keep '" + deep + "'", "at most 256");
+  const std::string nested = std::string(120, '(') + "w_down" + std::string(120, ')');
+  EXPECT_EQ(run(kModel + output() + " --method rtn --dry-run --keep '" + nested + "'").code, 0);
   expect_failure(2, kModel + output() + " --method none --bits-w 4", "contradicts");
   expect_failure(2, kModel + output() + " --method none --bits-w 3", "contradicts");
   expect_failure(2, kModel + output() + " --method quarot --branch-bits 8", "--branch-bits");
@@ -188,6 +195,51 @@ TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
   expect_failure(2, kModel + output() + " --seed -1", "--seed");
   expect_failure(2, kModel + output() + " --seed 99999999999999999999", "--seed");
   expect_failure(2, kModel, "--output");
+}
+
+// A file of JSON is its texts, whatever it is called; prose that begins with a bracket is prose.
+TEST_F(QuantizeCli, CalibrationTextIsRecognisedByItsContent) {
+  std::string prose, lines, list;
+  for (int i = 0; i < 8; ++i) {
+    const std::string paragraph = read_bytes(folder_ / "calib.txt").substr(0, 300 + 10 * i);
+    const std::string object = R"({"text": ")" + paragraph + R"("})";
+    prose += (prose.empty() ? "" : "\n\n") + paragraph;
+    lines += object + "\r\n";
+    list += (list.empty() ? "[" : ",\n ") + object;
+  }
+  const auto bytes = [&](const std::string& name, const std::string& content) {
+    write_bytes(folder_ / name, content);
+    const Outcome made = run(kModel + output() + " --force --method gptq --calib-length 32 " +
+                             "--calib-samples 4 --calib " + (folder_ / name));
+    EXPECT_EQ(made.code, 0) << name << made.err;
+    return read_bytes(folder_ / "m.tq");
+  };
+  const std::string expected = bytes("prose.txt", prose);
+  for (const char* name : {"c.jsonl", "C.JSONL", "c.json", "c.txt", "c"}) {
+    EXPECT_EQ(bytes(name, lines), expected) << name;
+    EXPECT_EQ(bytes(name, list + "]"), expected) << name;
+  }
+  EXPECT_EQ(bytes("bom.jsonl", "\xEF\xBB\xBF" + lines), expected);
+  EXPECT_NE(bytes("note.txt", "[1] " + prose), expected);
+  const auto refused = [&](const std::string& name, const std::string& content,
+                           const std::string& why) {
+    write_bytes(folder_ / name, content);
+    std::filesystem::remove(folder_ / "m.tq");
+    expect_failure(3, kModel + output() + " --method gptq --calib " + (folder_ / name), why);
+  };
+  refused("bad.json", prose, "line 1");
+  refused("other.jsonl", R"({"content": "a"})", "\"text\"");
+  refused("cut.jsonl", lines + R"({"text": "half)", "line 9");
+  refused("numbers.json", "[1, 2]", "item 0");
+}
+
+TEST_F(QuantizeCli, FewerSamplesThanAskedForAreTold) {
+  const Outcome few = run(kModel + output() + " --method gptq --calib-length 64 --calib " +
+                          (folder_ / "calib.txt"));
+  EXPECT_EQ(few.code, 0) << few.err;
+  EXPECT_NE(few.err.find("samples of 64 tokens, 64 were asked for"), std::string::npos) << few.err;
+  const Outcome enough = run(kModel + output() + calib() + " --force --method gptq");
+  EXPECT_EQ(enough.err.find("were asked for"), std::string::npos) << enough.err;
 }
 
 TEST_F(QuantizeCli, ContradictionsOfLearnedMethodsAreUsageErrors) {

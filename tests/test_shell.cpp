@@ -2,7 +2,9 @@
 // lines are in test_bad_input.cpp.
 #include <gtest/gtest.h>
 #include <sys/ioctl.h>
+#include <termios.h>
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "tests/cli.h"
@@ -51,19 +53,37 @@ class Process {
     ::waitpid(child_, nullptr, 0);
   }
 
-  // Reads until `text` has come; false at the end of the output.
-  bool wait_for(const std::string& text) {
+  // Reads until `text` has come; false at the end of the output. `before`: what came in front of
+  // it.
+  bool wait_for(const std::string& text, std::string* before = nullptr) {
     while (unread_.find(text) == std::string::npos) {
       char buffer[4096];
       const ssize_t n = ::read(fd_, buffer, sizeof buffer);
       if (n <= 0) return false;
       unread_.append(buffer, static_cast<size_t>(n));
     }
+    if (before) *before = unread_.substr(0, unread_.find(text));
     unread_.erase(0, unread_.find(text) + text.size());
     return true;
   }
   void type(const std::string& text) {
-    EXPECT_EQ(::write(fd_, text.data(), text.size()), static_cast<ssize_t>(text.size()));
+    for (size_t done = 0; done < text.size();) {  // a terminal takes a few kilobytes at a time
+      const ssize_t n = ::write(fd_, text.data() + done, text.size() - done);
+      ASSERT_GT(n, 0);
+      done += static_cast<size_t>(n);
+    }
+  }
+  // Whether the terminal reads whole lines and echoes, as a shell expects it.
+  bool line_mode() const {
+    termios mode = {};
+    EXPECT_EQ(::tcgetattr(fd_, &mode), 0);
+    return (mode.c_lflag & ICANON) && (mode.c_lflag & ECHO);
+  }
+  // The exit code, 128 + signal when killed; the output stays open.
+  int wait_exit() {
+    int status = 0;
+    ::waitpid(std::exchange(child_, -1), &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
   }
   void send(int signal) { ::kill(child_, signal); }
   void close_output() {
@@ -74,9 +94,7 @@ class Process {
     while (fd_ >= 0 && wait_for("\n")) {
     }
     if (rest) *rest = unread_;
-    int status = 0;
-    ::waitpid(std::exchange(child_, -1), &status, 0);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    return wait_exit();
   }
 
  private:
@@ -207,6 +225,117 @@ TEST(Terminal, CtrlCInChatEndsTheAnswerThenTheConversation) {
   ASSERT_TRUE(process.wait_for("\n> "));
   process.type("\x03");
   EXPECT_EQ(process.finish(), 130);
+}
+
+// The line mode of a terminal passes on 4,095 bytes of a line.
+TEST(Terminal, ALineOfAnyLengthReachesTheModelWhole) {
+  TempDir dir;
+  const std::string model = chat_model(dir);
+  std::string line;
+  while (line.size() < 9000) line += "dog ";
+  line += "cat";
+  const CliResult tokens = run_tq(dir, {"tokenize", model, "--text", line, "--no-special"});
+  const auto n = std::count(tokens.out.begin(), tokens.out.end(), '\n');
+  ASSERT_GT(n, 2000);
+  Process process({"chat", model, "--template", "chatml-smollm2", "--temp", "0", "-n", "1", "-v",
+                   "--ctx", "60000"},
+                  true);
+  ASSERT_TRUE(process.wait_for("> "));
+  process.type(line + "\n");
+  ASSERT_TRUE(process.wait_for("tq: prompt "));
+  std::string count;
+  ASSERT_TRUE(process.wait_for(" tokens", &count));
+  EXPECT_GE(std::stol(count), n);
+  EXPECT_LE(std::stol(count), n + 100);  // the turn markers and the default system text
+  process.type("\x04");
+  EXPECT_EQ(process.finish(), 0);
+}
+
+TEST(Terminal, IsGivenBackAsItWasHoweverChatEnds) {
+  TempDir dir;
+  const Args chat = {"chat", chat_model(dir), "--template", "chatml-smollm2", "-q"};
+  const std::function<void(Process&)> ends[] = {
+      [](Process& process) { process.type("\x04"); },  // end of input
+      [](Process& process) { process.type("\x03"); },
+      [](Process& process) { process.send(SIGTERM); },
+      [](Process& process) { process.send(SIGHUP); }};
+  for (const auto& end : ends) {
+    Process process(chat, true);
+    ASSERT_TRUE(process.wait_for("> "));
+    EXPECT_FALSE(process.line_mode());
+    end(process);
+    const bool by_signal = &end != &ends[0];
+    EXPECT_EQ(process.wait_exit(), by_signal ? 130 : 0);
+    EXPECT_TRUE(process.line_mode());
+  }
+}
+
+// A pipe does not echo, so what is on stdout is the answers.
+TEST(Chat, ATurnThatCannotBeSentIsRefusedAndTheNextOneIsAnswered) {
+  TempDir dir;
+  const Args chat = {"chat", chat_model(dir), "--template", "chatml-smollm2", "--temp", "0", "-n",
+                     "2",    "--ctx",         "120",        "--system",       "Tell."};
+  const auto answers = [&](const std::string& turns, const std::string& note) {
+    CliOptions options;
+    options.stdin_text = turns;
+    const CliResult result = run_tq(dir, chat, options);
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    EXPECT_NE(result.err.find(note), std::string::npos) << result.err;
+    return result.out;
+  };
+  const std::string expected = answers("a dog\nthe cat\n", "");
+  EXPECT_EQ(std::count(expected.begin(), expected.end(), '\n'), 2) << expected;
+  EXPECT_EQ(answers("a dog\nhalf \xe8\x83 of it\nthe cat\n", "not UTF-8"), expected);
+  EXPECT_EQ(answers("a dog\n" + std::string(2000, 'x') + "\nthe cat\n", "was not sent"), expected);
+  EXPECT_EQ(answers("a dog\r\n\r\n\nthe cat\r\n", ""), expected);
+  EXPECT_EQ(answers("a dog\nthe cat", ""), expected);  // no newline at the end
+}
+
+TEST(Chat, AFullContextForgetsTheOldestTurns) {
+  TempDir dir;
+  CliOptions options;
+  for (int i = 0; i < 8; ++i) options.stdin_text += "Tell me about the little dog and the cat\n";
+  const CliResult result = run_tq(dir,
+                                  {"chat", chat_model(dir), "--template", "chatml-smollm2",
+                                   "--temp", "0", "-n", "4", "--ctx", "120", "--system", "Tell."},
+                                  options);
+  EXPECT_EQ(result.exit_code, 0) << result.err;
+  EXPECT_EQ(std::count(result.out.begin(), result.out.end(), '\n'), 8) << result.out;
+  EXPECT_NE(result.err.find("turn was forgotten"), std::string::npos) << result.err;
+}
+
+// <0x1B> is a token of this vocabulary: raw to a pipe, visible on a terminal.
+TEST(Terminal, TextOfAModelCannotSteerIt) {
+  TempDir dir;
+  const std::string model = copy_model(dir);
+  const CliResult ids =
+      run_tq(dir, {"tokenize", model, "--text", "\x1b[31mred", "--no-special", "--json"});
+  std::string list = Json::parse(ids.out)["ids"].dump();
+  list = list.substr(1, list.size() - 2);
+  EXPECT_EQ(run_tq(dir, {"tokenize", model, "--decode", list}).out, "\x1b[31mred");
+  Process process({"tokenize", model, "--decode", list}, true);
+  std::string shown;
+  EXPECT_TRUE(process.wait_for("red", &shown));
+  EXPECT_EQ(shown, "\\x1B[31m");
+}
+
+TEST(Terminal, NamesOfFilesCannotSteerIt) {
+  TempDir dir;
+  const std::string model = copy_model(dir), output = dir / "\x1b[31m\xc2\x9b.tq";
+  const CliResult plan =
+      run_tq(dir, {"quantize", model, "-o", output, "--method", "rtn", "--dry-run"});
+  EXPECT_EQ(plan.exit_code, 0);
+  const CliResult made = run_tq(dir, {"quantize", model, "-o", output, "--method", "rtn"});
+  EXPECT_EQ(made.exit_code, 0);
+  const CliResult shown = run_tq(dir, {"inspect", output});
+  const CliResult run = run_tq(dir, {"run", output, "Once", "-n", "1", "-v"});
+  const CliResult checked = run_tq(dir, {"verify", output});
+  for (const CliResult* result : {&plan, &made, &shown, &run, &checked}) {
+    EXPECT_NE((result->out + result->err).find("\\x1B[31m\\xC2\\x9B"), std::string::npos);
+    for (const std::string* text : {&result->out, &result->err}) {
+      EXPECT_EQ(text->find_first_of("\x1b\x9b"), std::string::npos) << *text;
+    }
+  }
 }
 
 TEST(Tokenize, AMegabyteOfOneLetterTakesLessThanASecond) {

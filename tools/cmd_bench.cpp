@@ -167,7 +167,7 @@ void bench(const BenchOptions& options) {
     json["profile"][op] = {{"seconds", time.seconds}, {"calls", time.calls}};
   }
   if (options.json) {
-    write_stdout(json.dump() + "\n");
+    write_json(json);
     return;
   }
   char text[512];

@@ -18,6 +18,7 @@
 #include "cpu/parallel.h"
 #include "cpu/softmax.h"
 #include "model/error.h"
+#include "tools/calibration_text.h"
 #include "tools/commands.h"
 #include "tools/runtime.h"
 #include "tools/sha256.h"
@@ -155,7 +156,7 @@ void check_same_vocabulary(const Runtime& runtime, const Runtime& reference,
 
 void print_result(const Json& json, bool as_json) {
   if (as_json) {
-    write_stdout(json.dump() + "\n");
+    write_json(json);
     return;
   }
   char line[320];
@@ -176,6 +177,9 @@ void print_result(const Json& json, bool as_json) {
 
 void eval_text(const EvalOptions& options) {
   const std::string text = read_input_text(options.text);
+  if (!options.quiet && looks_like_json(text)) {
+    note(options.text + " is JSON; it is read as text, braces and all");
+  }
   Runtime runtime(options.model, options.device);
   std::unique_ptr<Runtime> reference;
   if (!options.reference.empty()) {
@@ -283,7 +287,7 @@ TaskTally score_questions(const Runtime& runtime, const Task& task, const EvalOp
 
 void print_task(const Json& json, bool as_json) {
   if (as_json) {
-    write_stdout(json.dump() + "\n");
+    write_json(json);
     return;
   }
   std::string line = json["task"].get<std::string>() + " (" + json["form"].get<std::string>() +

@@ -162,7 +162,7 @@ void print_summary(const Json& json) {
     std::snprintf(line, sizeof line, format, values...);
     out += line;
   };
-  add("%s\n", json["source"].get<std::string>().c_str());
+  out += printable(json["source"].get<std::string>()) + "\n";
   add("  %s, %.1f M parameters, %.1f MB of weights, %.3f bits per weight\n",
       json["architecture"].get<std::string>().c_str(), json["parameters"].get<double>() / 1e6,
       json["weight_bytes"].get<double>() / 1e6, json["bits_per_weight"].get<double>());
@@ -183,7 +183,7 @@ void print_summary(const Json& json) {
       json["kv_bytes_per_token"][std::to_string(kv_bits)].get<long long>(), kv_bits);
   add("  tokenizer %s; chat template %s\n", json["tokenizer"]["type"].get<std::string>().c_str(),
       json["chat_template"].get<std::string>().c_str());
-  add("  quantization %s\n\n", json["quantization"].value("method", "none").c_str());
+  out += "  quantization " + printable(json["quantization"].value("method", "none")) + "\n\n";
   add("  %-22s %14s %6s %6s %6s %8s %8s\n", "tensor", "shape", "store", "group", "rank", "bits/w",
       "SNR dB");
   bool any_before = false;
@@ -223,7 +223,7 @@ void add_inspect_command(CLI::App& app) {
     const Model model = load_model(options->model);
     const Json json = inspect_json(model, open_tokenizer(model));
     if (options->json) {
-      write_stdout(json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
+      write_json(json, 2);
     } else {
       print_summary(json);
     }

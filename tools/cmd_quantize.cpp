@@ -21,6 +21,7 @@
 #include "quant/pipeline.h"
 #include "quant/preflight.h"
 #include "tokenizer/chat.h"
+#include "tools/calibration_text.h"
 #include "tools/commands.h"
 #include "tools/runtime.h"
 #include "tools/trial.h"
@@ -191,29 +192,12 @@ Model open_source(const std::string& folder) {
   return load_hf_folder(folder);
 }
 
-// Plain text, or JSON lines with a "text" each (by the file's name), joined as paragraphs.
-std::string read_calibration_text(const std::string& path) {
-  std::string text = read_input_text(path);
-  if (!path.ends_with(".jsonl")) return text;
-  std::string joined;
-  size_t line_number = 1;
-  for (size_t begin = 0; begin < text.size(); ++line_number) {
-    const size_t end = std::min(text.find('\n', begin), text.size());
-    const std::string_view line(text.data() + begin, end - begin);
-    begin = end + 1;
-    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-    const std::string where = path + ", line " + std::to_string(line_number);
-    joined +=
-        (joined.empty() ? "" : "\n\n") + require_string(parse_json(line, where), "text", where);
-  }
-  return joined;
-}
-
 Calibration make_calibration(const QuantizeArguments& args, const QuantizeOptions& options,
                              const Model& model, const Tokenizer& tokenizer) {
   const std::string where = args.calib.empty() ? "built-in calibration text" : args.calib;
-  const std::string text = args.calib.empty() ? std::string(builtin_calibration_text())
-                                              : read_calibration_text(args.calib);
+  const std::string text = args.calib.empty()
+                               ? std::string(builtin_calibration_text())
+                               : calibration_text(read_input_text(args.calib), args.calib);
   if (text.empty()) throw Error(ErrorKind::kBadData, "calibration text is empty", where, "0 bytes");
   if (!is_valid_utf8(text)) {
     throw Error(ErrorKind::kBadData, "calibration text is not UTF-8", where,
@@ -222,6 +206,12 @@ Calibration make_calibration(const QuantizeArguments& args, const QuantizeOption
   }
   Calibration calibration = cut_samples(tokenizer.encode(text, false, false), options.calib_samples,
                                         options.calib_length, model.config.vocab_size, where);
+  const int64_t n_samples = std::ssize(calibration.samples);
+  if (n_samples < options.calib_samples && !args.quiet) {
+    note("the calibration text gives " + std::to_string(n_samples) + " samples of " +
+         std::to_string(options.calib_length) + " tokens, " +
+         std::to_string(options.calib_samples) + " were asked for");
+  }
   // Plain text and chats, as `tq eval` and `tq run` will feed them.
   make_every_second_a_conversation(tokenizer, detect_chat_kind(model.texts, args.folder),
                                    calibration.samples);
@@ -244,7 +234,7 @@ class Progress {
   void note(const std::string& sentence) {
     if (quiet_) return;
     clear();
-    std::fprintf(stderr, "tq: %s\n", sentence.c_str());
+    tq::note(sentence);
   }
 
   void step(int64_t layer, int64_t n_layers, const char* name) {
@@ -298,8 +288,7 @@ class Progress {
 
 void print_plan(const QuantizePlan& plan, const QuantizeOptions& options, const Calibration* calib,
                 const std::string& output) {
-  std::fprintf(stderr, "tq: plan for %s: %s\n", output.c_str(),
-               describe_options(options).dump().c_str());
+  note("plan for " + output + ": " + describe_options(options).dump());
   std::fprintf(stderr, "tq: %lld weights in linears, %.4f bits each; tables %s\n",
                static_cast<long long>(plan.n_linear_weights), plan.bits_per_weight(),
                megabytes(plan.table_bytes).c_str());
@@ -335,8 +324,9 @@ void print_summary(const QuantizeResult& result, const std::string& output, doub
   }
   if (!quality.empty() && result.refined.kept()) quality += " before refinement";
   std::fprintf(stderr, "tq: %s: %s, linears %.4f bits per weight%s; %.1f s, peak memory %s\n",
-               output.c_str(), megabytes(result.file_bytes).c_str(), result.bits_per_weight,
-               quality.c_str(), seconds, megabytes(peak_rss_bytes()).c_str());
+               printable(output).c_str(), megabytes(result.file_bytes).c_str(),
+               result.bits_per_weight, quality.c_str(), seconds,
+               megabytes(peak_rss_bytes()).c_str());
 }
 
 void write_report(const std::string& path, const QuantizeResult& result, double seconds) {
@@ -518,7 +508,9 @@ void add_quantize_command(CLI::App& app) {
       ->required();
   command->add_option("-o,--output", args->output, "the .tq file to write")->required();
   add_method_options(*command, *args);
-  command->add_option("--calib", args->calib, "calibration text, or .jsonl with a \"text\" a line")
+  command
+      ->add_option("--calib", args->calib,
+                   "calibration text, or JSON with a \"text\" a line or item")
       ->default_str("built in");
   command->add_option("--calib-samples", args->calib_samples, "windows of text to calibrate on")
       ->check(number_in(1, 1 << 20))

@@ -4,13 +4,15 @@
 // generate.cpp.
 #include <unistd.h>
 
-#include <csignal>
+#include <algorithm>
 #include <cstdio>
-#include <iostream>
+#include <cstdlib>
+#include <optional>
 
 #include "model/error.h"
 #include "tools/commands.h"
 #include "tools/generate.h"
+#include "tools/turn_reader.h"
 
 namespace tq {
 namespace {
@@ -105,7 +107,9 @@ std::vector<int32_t> prompt_ids(const Runtime& runtime, const RunOptions& option
   chat.think = !options.no_think;
   chat.date = options.date;
   if (options.print_prompt) {
-    std::fprintf(stderr, "%s", render_chat(kind, messages, chat).c_str());
+    const std::string rendered = render_chat(kind, messages, chat);
+    std::fprintf(stderr, "%s",
+                 (::isatty(STDERR_FILENO) == 1 ? printable_text(rendered) : rendered).c_str());
   }
   return encode_chat(runtime.tokenizer, kind, messages, chat, options.parse_special);
 }
@@ -133,7 +137,6 @@ void report(const GenerateResult& result, const Runtime& runtime) {
       finish_reason_name(result.reason), runtime.backend->name().c_str());
 }
 
-// Replaces invalid UTF-8 by U+FFFD: the text of a JSON document must be valid.
 Json run_json(const GenerateResult& result, const SamplerOptions& sampling) {
   Json json = {{"schema", 1},
                {"text", result.text},
@@ -168,19 +171,15 @@ void run(const RunOptions& options) {
   generate_opts.max_tokens = options.max_tokens >= 0 ? options.max_tokens : kDefaultMaxTokens;
   const SamplerOptions sampling = resolve_sampling(options.sampling, runtime);
   if (options.verbose) {
-    std::fprintf(stderr, "tq: %s; %s; context %lld\n", options.model.c_str(),
-                 describe_sampling(sampling).c_str(), static_cast<long long>(ctx));
+    note(options.model + "; " + describe_sampling(sampling) + "; context " + std::to_string(ctx));
   }
   Session session(runtime.prepared, runtime.session_options(ctx, options.device.kv_bits));
   Sampler sampler(sampling);
   const GenerateResult result = generate(session, runtime.tokenizer, ids, sampler, generate_opts,
                                          [&](const std::string& piece) {
-                                           if (!options.json) write_stdout(piece);
+                                           if (!options.json) write_text(piece);
                                          });
-  write_stdout(
-      options.json
-          ? run_json(result, sampling).dump(-1, ' ', false, Json::error_handler_t::replace) + "\n"
-          : "\n");
+  options.json ? write_json(run_json(result, sampling)) : write_stdout("\n");
   if (result.reason == FinishReason::kContextFull && !options.quiet) {
     std::fprintf(stderr, "tq: stopped: the context of %lld tokens is full\n",
                  static_cast<long long>(ctx));
@@ -189,15 +188,41 @@ void run(const RunOptions& options) {
   if (result.reason == FinishReason::kInterrupted) std::exit(130);
 }
 
-// One line of user text; false at the end of input.
-bool read_turn(bool terminal, std::string& line) {
-  // While tq waits a signal just ends it. A flag set right before read() would go unnoticed.
-  for (int signal : {SIGINT, SIGTERM, SIGHUP}) std::signal(signal, SIG_DFL);
-  if (interrupted()) std::exit(130);
-  if (terminal) std::fprintf(stderr, "> ");
-  const bool read = static_cast<bool>(std::getline(std::cin, line));
-  install_signal_handler();
-  return read;
+// Room that is kept for an answer when a conversation is fitted into its context.
+int64_t answer_room(int64_t ctx) {
+  return std::min<int64_t>(256, ctx / 4);
+}
+
+// The ids of a conversation that leave room for an answer. The oldest turns go if they must, and a
+// note says so; nothing if the last turn alone is too long.
+std::optional<std::vector<int32_t>> fitting_ids(const Tokenizer& tokenizer, ChatKind kind,
+                                                std::vector<Message>& messages,
+                                                const ChatOptions& chat_options, bool parse_special,
+                                                int64_t ctx) {
+  const size_t first = !messages.empty() && messages[0].role == "system" ? 1 : 0;
+  int64_t n_dropped = 0;
+  for (;;) {
+    std::vector<int32_t> ids = encode_chat(tokenizer, kind, messages, chat_options, parse_special);
+    const int64_t count = std::ssize(ids);
+    const bool last_turn = messages.size() == first + 1;
+    if (count + answer_room(ctx) <= ctx || (last_turn && count < ctx)) {
+      if (n_dropped > 0) {
+        note("the context of " + std::to_string(ctx) + " tokens is full: the oldest " +
+             (n_dropped == 1 ? "turn was" : std::to_string(n_dropped) + " turns were") +
+             " forgotten");
+      }
+      return ids;
+    }
+    if (last_turn) {
+      note("that turn needs " + std::to_string(count) + " tokens, the context has " +
+           std::to_string(ctx) + "; it was not sent (raise --ctx or shorten it)");
+      return std::nullopt;
+    }
+    // A question and its answer.
+    const auto oldest = messages.begin() + static_cast<std::ptrdiff_t>(first);
+    messages.erase(oldest, oldest + 2);
+    ++n_dropped;
+  }
 }
 
 void chat(const RunOptions& options) {
@@ -215,13 +240,18 @@ void chat(const RunOptions& options) {
   std::vector<Message> messages;
   if (!options.system.empty()) messages.push_back({"system", options.system});
   std::vector<int32_t> cached;  // ids whose keys and values the session holds
-  const bool terminal = ::isatty(STDIN_FILENO);
-  std::string line;
-  while (read_turn(terminal, line)) {
-    if (line.empty()) continue;
-    messages.push_back({"user", line});
-    const std::vector<int32_t> ids =
-        encode_chat(runtime.tokenizer, kind, messages, chat_options, options.parse_special);
+  TurnReader reader;
+  while (const std::optional<std::string> line = reader.next()) {
+    if (line->empty()) continue;
+    const std::vector<Message> before = messages;
+    messages.push_back({"user", *line});
+    const std::optional<std::vector<int32_t>> fitting =
+        fitting_ids(runtime.tokenizer, kind, messages, chat_options, options.parse_special, ctx);
+    if (!fitting) {
+      messages = before;
+      continue;
+    }
+    const std::vector<int32_t>& ids = *fitting;
     // The template may rewrite history (Qwen3 drops old thinking): keep only the common beginning.
     // At least one token is fed, to have logits.
     size_t common = 0;
@@ -229,23 +259,18 @@ void chat(const RunOptions& options) {
       ++common;
     }
     session.truncate(static_cast<int64_t>(common));
-    if (static_cast<int64_t>(ids.size()) >= ctx) {
-      throw Error(ErrorKind::kBadData, "conversation does not fit", options.model,
-                  std::to_string(ids.size()) + " tokens, the context is " + std::to_string(ctx),
-                  "raise --ctx or start again");
-    }
     generate_opts.max_tokens = options.max_tokens >= 0 ? options.max_tokens : ctx;
     const GenerateResult result =
         generate(session, runtime.tokenizer,
                  std::vector<int32_t>(ids.begin() + static_cast<std::ptrdiff_t>(common), ids.end()),
-                 sampler, generate_opts, [](const std::string& piece) { write_stdout(piece); });
+                 sampler, generate_opts, write_text);
     write_stdout("\n");
     // On a terminal the first Ctrl-C ends the answer, at the next prompt it ends the conversation.
-    if (result.reason == FinishReason::kInterrupted && !(terminal && forget_ctrl_c())) {
+    if (result.reason == FinishReason::kInterrupted && !(reader.terminal() && forget_ctrl_c())) {
       std::exit(130);
     }
     if (result.reason == FinishReason::kContextFull) {
-      std::fprintf(stderr, "tq: the context of %lld tokens is full\n", static_cast<long long>(ctx));
+      note("the answer ends here: the context of " + std::to_string(ctx) + " tokens is full");
     }
     messages.push_back({"assistant", result.text});
     cached = ids;

@@ -24,10 +24,7 @@ void tokenize(const TokenizeOptions& options) {
   if (!options.decode.empty()) {
     const std::string text =
         tokenizer.decode(parse_ids("--decode", options.decode, tokenizer.size()), false);
-    write_stdout(options.json
-                     ? Json{{"text", text}}.dump(-1, ' ', false, Json::error_handler_t::replace) +
-                           "\n"
-                     : text);
+    options.json ? write_json({{"text", text}}) : write_text(text);
     return;
   }
   const std::string text = options.have_text ? options.text : read_input_text(options.file);
@@ -35,11 +32,11 @@ void tokenize(const TokenizeOptions& options) {
   if (options.json) {
     Json pieces = Json::array();
     for (int32_t id : ids) pieces.push_back(tokenizer.piece(id));
-    write_stdout(Json{{"ids", ids}, {"pieces", pieces}}.dump() + "\n");
+    write_json({{"ids", ids}, {"pieces", pieces}});
     return;
   }
   std::string out;
-  for (int32_t id : ids) out += std::to_string(id) + "\t" + tokenizer.piece(id) + "\n";
+  for (int32_t id : ids) out += std::to_string(id) + "\t" + printable(tokenizer.piece(id)) + "\n";
   write_stdout(out);
 }
 

@@ -7,7 +7,8 @@ set -euo pipefail
 packages=(
   g++ make cmake ninja-build pkg-config ccache git      # toolchain
   nlohmann-json3-dev libpcre2-dev libutf8proc-dev       # model and tokenizer files
-  libeigen3-dev libcli11-dev libxxhash-dev libssl-dev   # calibration, command line, checksums
+  libeigen3-dev libcli11-dev libedit-dev                # calibration, command line, chat
+  libxxhash-dev libssl-dev                              # checksums
   libgtest-dev libbenchmark-dev                         # tests, micro-benchmarks
   clang-format python3 python3-venv ca-certificates     # checks, demo
 )

@@ -2,6 +2,7 @@
 #include "tools/runtime.h"
 
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <charconv>
@@ -13,11 +14,13 @@
 #include <filesystem>
 #include <iostream>
 #include <iterator>
+#include <utility>
 
 #ifdef TQ_WITH_CUDA
 #include "cuda/cuda_backend.h"
 #endif
 #include "model/error.h"
+#include "tools/turn_reader.h"
 
 namespace tq {
 namespace {
@@ -25,10 +28,17 @@ namespace {
 // A prompt or an evaluation text beyond this is refused rather than read into memory.
 constexpr size_t kMaxTextBytes = size_t{1} << 31;
 
+bool is_separator(char c) {
+  return c == ',' || c == ' ' || c == '\t' || c == '\r' || c == '\n';
+}
+
 volatile std::sig_atomic_t g_signal = 0;
 
 void on_signal(int signal) {
-  if (g_signal) std::_Exit(128 + signal);
+  if (g_signal) {
+    restore_terminal();
+    std::_Exit(128 + signal);
+  }
   g_signal = signal;
 }
 
@@ -168,6 +178,20 @@ void check_interrupted() {
   if (interrupted()) throw Error(ErrorKind::kInterrupted, "interrupted", "signal", "stopped");
 }
 
+void write_text(std::string_view text) {
+  static const bool terminal = ::isatty(STDOUT_FILENO) == 1;
+  write_stdout(terminal ? printable_text(std::string(text)) : text);
+}
+
+void write_json(const Json& json, int indent) {
+  const bool terminal = ::isatty(STDOUT_FILENO) == 1;
+  write_stdout(json.dump(indent, ' ', terminal, Json::error_handler_t::replace) + "\n");
+}
+
+void note(const std::string& sentence) {
+  std::fprintf(stderr, "tq: %s\n", printable(sentence).c_str());
+}
+
 uint64_t peak_rss_bytes() {
   rusage usage = {};
   getrusage(RUSAGE_SELF, &usage);
@@ -185,21 +209,28 @@ std::vector<std::string> model_files(const std::string& model) {
 
 std::vector<int32_t> parse_ids(const std::string& option, const std::string& list, int64_t n_ids) {
   std::vector<int32_t> ids;
-  const char* end = list.data() + list.size();
-  for (const char* cursor = list.data(); cursor < end;) {
-    if (*cursor == ' ' || *cursor == ',' || *cursor == '\n') {
-      ++cursor;
-      continue;
+  const char *cursor = list.data(), *const end = cursor + list.size();
+  // Passes blanks and at most one comma; whether there was a comma.
+  const auto separator = [&] {
+    bool comma = false;
+    for (; cursor < end && is_separator(*cursor); ++cursor) {
+      if (*cursor == ',' && std::exchange(comma, true)) break;  // a missing id between two
     }
+    return comma;
+  };
+  bool comma = separator();  // a comma in front or at the end has a missing id beside it
+  while (cursor < end || comma) {
     int32_t id = -1;
     const auto [next, error] = std::from_chars(cursor, end, id);
-    if (error != std::errc() || id < 0 || id >= n_ids) {
+    const bool ends = next == end || is_separator(*next);
+    if ((comma && ids.empty()) || error != std::errc() || !ends || id < 0 || id >= n_ids) {
       throw Error(ErrorKind::kUsage, "bad token id", option,
                   "expected ids in 0.." + std::to_string(n_ids - 1) +
                       " separated by commas or spaces, for example 1,2,3");
     }
     ids.push_back(id);
     cursor = next;
+    comma = separator();
   }
   if (ids.empty()) throw Error(ErrorKind::kUsage, "no token ids", option, "the list is empty");
   return ids;

@@ -53,6 +53,13 @@ CLI::Validator number_in(double low, double high);
 /// Writes to stdout at once. Throws kIo when that fails (disk full, closed); a closed pipe ends the
 /// process by SIGPIPE as usual.
 void write_stdout(std::string_view text);
+/// The same for text of a model or a file: raw to files and pipes, and without control sequences to
+/// a terminal (printable_text()).
+void write_text(std::string_view text);
+/// One JSON value and a newline; bytes that are not UTF-8 become U+FFFD. To a terminal in ASCII.
+void write_json(const Json& json, int indent = -1);
+/// One line for the user on stderr, `tq: SENTENCE`, with control characters escaped.
+void note(const std::string& sentence);
 
 /// Installs the SIGINT/SIGTERM handler; interrupted() turns true at the first signal, the second
 /// ends the process.
