@@ -5,10 +5,7 @@
 #include "model/json.h"
 
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <iterator>
 #include <memory>
 #include <unordered_set>
@@ -21,6 +18,10 @@ namespace tq {
 namespace {
 
 constexpr size_t kMaxDepth = 64;
+// Where the long lists are handed over, what remains is a million values, or has this many bytes of
+// text a value: a value of two bytes takes up to 48 of memory.
+constexpr size_t kMostShortValues = 1'000'000, kBytesOfValue = 8;
+constexpr size_t kSearched = 16;    // keys of an object that are compared one by one
 constexpr size_t kMaxQuoted = 200;  // bytes of an untrusted value that a message repeats
 
 Error bad(const std::string& where, const std::string& why) {
@@ -70,8 +71,11 @@ class Cursor {
 // Builds the value from parser events. Kept iterative: a file of brackets must not use the stack.
 class Builder : public nlohmann::json_sax<Json> {
  public:
-  Builder(std::string_view text, const std::string& where)
-      : text_(text), where_(where), reached_(text.data()) {}
+  Builder(std::string_view text, const std::string& where, const std::vector<JsonStream>& streams)
+      : text_(text), where_(where), reached_(text.data()), streams_(streams) {
+    open_.reserve(kMaxDepth);  // so that addresses in it stay
+    if (!streams.empty()) max_values_ = text.size() / kBytesOfValue + kMostShortValues;
+  }
 
   Json build() {
     const Cursor begin(text_.data(), &reached_);
@@ -94,7 +98,7 @@ class Builder : public nlohmann::json_sax<Json> {
   bool end_array() override { return close(); }
 
   bool key(string_t& name) override {
-    if (!open_.back().keys->insert(name).second) {
+    if (is_repeated(name)) {
       fail(last_byte(), "key " + in_quotes(name) + " appears twice in one object");
     }
     key_ = std::move(name);
@@ -113,9 +117,28 @@ class Builder : public nlohmann::json_sax<Json> {
 
  private:
   struct Open {
-    Json* value;
-    std::unique_ptr<std::unordered_set<std::string>> keys;  // objects only
+    Json* value = nullptr;               // in its parent, or `own`
+    Json own = {};                       // of a member that is handed over
+    size_t n_before = 0;                 // values in memory without it
+    std::string key = {};                // in its parent
+    const JsonStream* stream = nullptr;  // takes its members
+    // Hashes of the keys of a large object: two of a million keys share one by a chance of 1 in ten
+    // million, and the keys themselves would take more memory than the text.
+    std::unique_ptr<std::unordered_set<size_t>> keys = nullptr;
   };
+
+  // Small objects, which are most, are searched.
+  bool is_repeated(const std::string& name) {
+    Open& object = open_.back();
+    const auto& members = object.value->get_ref<Json::object_t&>();
+    if (!object.keys && (object.stream || members.size() == kSearched)) {
+      object.keys = std::make_unique<std::unordered_set<size_t>>();
+      for (const auto& member : members) object.keys->insert(hash_(member.first));
+    }
+    if (object.keys) return !object.keys->insert(hash_(name)).second;
+    return std::any_of(members.begin(), members.end(),
+                       [&](const auto& member) { return member.first == name; });
+  }
 
   size_t last_byte() const { return static_cast<size_t>(reached_ - text_.data()) - 1; }
 
@@ -126,6 +149,9 @@ class Builder : public nlohmann::json_sax<Json> {
   // Places a value in the innermost open container and returns where it landed.
   template <typename T>
   Json* place(T&& value) {
+    if (++n_values_ > max_values_) {
+      fail(last_byte(), "too many values for a text of " + std::to_string(text_.size()) + " bytes");
+    }
     if (open_.empty()) {
       root_ = Json(std::forward<T>(value));
       return &root_;
@@ -138,13 +164,18 @@ class Builder : public nlohmann::json_sax<Json> {
     // Straight into the vector behind ordered_json: its own insertion searches all keys, and
     // key() has already seen that this one is new.
     auto& members = parent.get_ref<Json::object_t&>();
-    members.Json::object_t::Container::emplace_back(std::move(key_), Json(std::forward<T>(value)));
+    members.Json::object_t::Container::emplace_back(key_, Json(std::forward<T>(value)));
     return &members.back().second;
   }
 
   template <typename T>
   bool add(T&& value) {
-    place(std::forward<T>(value));
+    if (!open_.empty() && open_.back().stream) {
+      open_.back().stream->member(open_.back().value->is_array() ? "" : key_,
+                                  Json(std::forward<T>(value)));
+    } else {
+      place(std::forward<T>(value));
+    }
     return true;
   }
 
@@ -152,16 +183,38 @@ class Builder : public nlohmann::json_sax<Json> {
     if (open_.size() >= kMaxDepth) {
       fail(last_byte(), "nested deeper than " + std::to_string(kMaxDepth) + " levels");
     }
-    const bool is_object = container.is_object();
+    const bool in_object = !open_.empty() && open_.back().value->is_object();
+    const bool handed_over = !open_.empty() && open_.back().stream;
+    const size_t n_before = n_values_;
     // The pointer stays valid: a container only grows while it is the innermost open one.
-    Json* value = place(std::move(container));
-    open_.push_back(
-        {value, is_object ? std::make_unique<std::unordered_set<std::string>>() : nullptr});
+    Json* placed = handed_over ? nullptr : place(std::move(container));
+    Open& next = open_.emplace_back();
+    next.n_before = n_before;
+    if (in_object) next.key = key_;
+    if (handed_over) next.own = std::move(container);
+    next.value = handed_over ? &next.own : placed;
+    for (const JsonStream& stream : streams_) {
+      if (is_at(stream.path)) next.stream = &stream;
+    }
+    return true;
+  }
+
+  // Whether the innermost open container is the one that a path leads to.
+  bool is_at(const std::vector<std::string>& path) const {
+    if (open_.size() != path.size() + 1) return false;
+    for (size_t i = 0; i < path.size(); ++i) {
+      if (!open_[i].value->is_object() || open_[i + 1].key != path[i]) return false;
+    }
     return true;
   }
 
   bool close() {
+    Open closed = std::move(open_.back());
     open_.pop_back();
+    if (!open_.empty() && open_.back().stream) {
+      open_.back().stream->member(closed.key, std::move(closed.own));
+      n_values_ = closed.n_before;
+    }
     return true;
   }
 
@@ -171,6 +224,10 @@ class Builder : public nlohmann::json_sax<Json> {
   Json root_;
   std::vector<Open> open_;
   std::string key_;
+  const std::vector<JsonStream>& streams_;
+  size_t n_values_ = 0;  // in memory
+  size_t max_values_ = SIZE_MAX;
+  const std::hash<std::string> hash_ = {};
 };
 
 // Member of an object, or null if it is absent or null.
@@ -197,13 +254,18 @@ Error wrong_value(const char* key, const Json& value, const std::string& expecte
 }  // namespace
 
 Json parse_json(std::string_view text, const std::string& where) {
+  return parse_json(text, where, {});
+}
+
+Json parse_json(std::string_view text, const std::string& where,
+                const std::vector<JsonStream>& streams) {
   // Two things that nlohmann lets pass: a byte order mark, and NUL as an end of the text.
   if (text.substr(0, 3) == "\xEF\xBB\xBF") {
     throw bad(where, "line 1, column 1: byte order mark, expected plain UTF-8");
   }
   const size_t nul = text.find('\0');
   if (nul != std::string_view::npos) throw bad(where, position_text(text, nul) + ": NUL byte");
-  return Builder(text, where).build();
+  return Builder(text, where, streams).build();
 }
 
 const Json& require(const Json& object, const char* key, const std::string& where) {
@@ -256,23 +318,20 @@ std::string require_string(const Json& object, const char* key, const std::strin
   return value.get<std::string>();
 }
 
-std::string read_text_file(const std::string& path, size_t max_bytes) {
-  const auto io_error = [&] {
-    return Error(ErrorKind::kIo, "cannot read file", path, std::strerror(errno));
-  };
-  std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
-  if (!file) throw io_error();
+std::string read_text_file(const std::string& path, size_t max_bytes, Accept accept) {
+  InputFile file(path, accept);
   std::string text;
   std::vector<char> block(1 << 16);
-  size_t n;
-  while ((n = std::fread(block.data(), 1, block.size(), file.get())) > 0) {
+  // The size of a regular file is known, and one byte more tells whether it still is true.
+  text.reserve(std::min(file.size(), max_bytes) + 1);
+  while (const size_t n = file.read(block.data(), block.size())) {
     if (n > max_bytes - text.size()) {
       throw Error(ErrorKind::kBadData, "file too large", path,
                   "more than " + std::to_string(max_bytes) + " bytes");
     }
     text.append(block.data(), n);
   }
-  if (std::ferror(file.get())) throw io_error();
+  refuse_lfs_pointer(text, path);
   return text;
 }
 

@@ -12,7 +12,7 @@
 #include "model/safetensors.h"
 
 #include <algorithm>
-#include <cstring>
+#include <deque>
 #include <filesystem>
 #include <set>
 
@@ -23,14 +23,14 @@ namespace tq {
 namespace {
 
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
-constexpr size_t kMaxIndexBytes = 100'000'000;
+constexpr size_t kMaxIndexBytes = 32'000'000;  // ten times that of the largest model known
 
 Error bad(const std::string& path, const std::string& why, const std::string& hint = "") {
   return Error(ErrorKind::kBadData, "bad safetensors file", path, why, hint);
 }
 
-// Bits per element of every dtype the format knows; 0 for an unknown one.
-uint64_t dtype_bits(const std::string& dtype) {
+// Name and bits per element of every dtype the format knows; null for an unknown one.
+const std::pair<const std::string, uint64_t>* find_dtype(const std::string& dtype) {
   static const std::map<std::string, uint64_t> bits = {
       {"BOOL", 8}, {"F4", 4},          {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"U8", 8},
       {"I8", 8},   {"F8_E5M2", 8},     {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8},
@@ -38,11 +38,12 @@ uint64_t dtype_bits(const std::string& dtype) {
       {"I32", 32}, {"U32", 32},        {"F32", 32},    {"C64", 64},    {"F64", 64},
       {"I64", 64}, {"U64", 64}};
   const auto it = bits.find(dtype);
-  return it == bits.end() ? 0 : it->second;
+  return it == bits.end() ? nullptr : &*it;
 }
 
 struct Entry {
-  std::string name, dtype;
+  std::string name;
+  std::string_view dtype;
   std::vector<int64_t> shape;
   uint64_t begin = 0, end = 0;
 };
@@ -64,9 +65,10 @@ Entry parse_entry(const std::string& path, const std::string& name, const Json& 
     if (!json.contains(key)) throw bad(path, tensor + ": " + key + " is missing");
   }
   if (!json["dtype"].is_string()) throw bad(path, tensor + ": dtype is not a string");
-  entry.dtype = json["dtype"].get<std::string>();
-  const uint64_t bits = dtype_bits(entry.dtype);
-  if (bits == 0) throw bad(path, tensor + ": unknown dtype " + entry.dtype);
+  const std::string dtype = json["dtype"].get<std::string>();
+  const auto* known = find_dtype(dtype);
+  if (!known) throw bad(path, tensor + ": unknown dtype " + dtype);
+  entry.dtype = known->first;
 
   for (const auto& [key, value] : json.items()) {
     if (key != "dtype" && key != "shape" && key != "data_offsets") {
@@ -86,7 +88,8 @@ Entry parse_entry(const std::string& path, const std::string& name, const Json& 
     entry.shape.push_back(static_cast<int64_t>(value));
   }
   uint64_t total_bits = 0;
-  if (overflow || __builtin_mul_overflow(static_cast<uint64_t>(count), bits, &total_bits)) {
+  if (overflow ||
+      __builtin_mul_overflow(static_cast<uint64_t>(count), known->second, &total_bits)) {
     throw bad(path, tensor + ": the size of its shape overflows 64 bits");
   }
   if (total_bits % 8 != 0) throw bad(path, tensor + ": its size is not a whole number of bytes");
@@ -108,16 +111,7 @@ Entry parse_entry(const std::string& path, const std::string& name, const Json& 
   return entry;
 }
 
-void check_metadata(const std::string& path, const Json& metadata) {
-  if (!metadata.is_object()) throw bad(path, "__metadata__ is not an object");
-  for (const auto& item : metadata.items()) {
-    if (!item.value().is_string()) {
-      throw bad(path, "__metadata__." + item.key() + " is not a string");
-    }
-  }
-}
-
-void check_contiguous(const std::string& path, const std::vector<Entry>& entries,
+void check_contiguous(const std::string& path, const std::deque<Entry>& entries,
                       uint64_t data_bytes) {
   uint64_t end = 0;
   for (const Entry& entry : entries) {
@@ -160,15 +154,22 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path) {
               "incomplete download?");
   }
   const std::string_view text(reinterpret_cast<const char*>(file_.data() + 8), header_bytes);
-  const Json header = parse_json(text, path + " header");
-  if (!header.is_object()) throw bad(path, "the header is not a JSON object");
-  std::vector<Entry> entries;
-  for (const auto& item : header.items()) {
-    if (item.key() == "__metadata__") {
-      check_metadata(path, item.value());
-    } else {
-      entries.push_back(parse_entry(path, item.key(), item.value()));
-    }
+  // A deque, and one entry at a time: a header of 100 MB describes a million tensors.
+  std::deque<Entry> entries;
+  const JsonStream metadata{{"__metadata__"}, [&](const std::string& key, Json&& value) {
+                              if (!value.is_string()) {
+                                throw bad(path, "__metadata__." + key + " is not a string");
+                              }
+                            }};
+  const JsonStream tensors{{}, [&](const std::string& name, Json&& value) {
+                             if (name != "__metadata__") {
+                               entries.push_back(parse_entry(path, name, value));
+                             } else if (!value.is_object()) {
+                               throw bad(path, "__metadata__ is not an object");
+                             }
+                           }};
+  if (!parse_json(text, path + " header", {metadata, tensors}).is_object()) {
+    throw bad(path, "the header is not a JSON object");
   }
   // Empty tensors share their offset with a neighbour, so the end decides.
   std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
@@ -183,9 +184,10 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path) {
                         : entry.dtype == "BF16" ? DType::kBF16
                                                 : DType::kU8;
     if (dtype == DType::kU8) {
-      other_dtypes_[entry.name] = entry.dtype;
+      other_dtypes_.emplace(std::move(entry.name), entry.dtype);
     } else {
-      tensors_[entry.name] = {dtype, std::move(entry.shape), data + entry.begin};
+      tensors_.emplace(std::move(entry.name),
+                       TensorView{dtype, std::move(entry.shape), data + entry.begin});
     }
   }
 }
@@ -194,18 +196,22 @@ namespace {
 
 // Shard files by the index, with every tensor's shard.
 std::map<std::string, std::string> read_index(const std::string& path) {
-  const Json index = parse_json(read_text_file(path, kMaxIndexBytes), path);
-  const Json& map = require(index, "weight_map", path);
-  if (!map.is_object() || map.empty()) throw bad(path, "weight_map is not an object with entries");
   std::map<std::string, std::string> shard_of;
-  for (const auto& item : map.items()) {
-    if (!item.value().is_string()) throw bad(path, item.key() + ": shard name is not a string");
-    const std::string name = item.value().get<std::string>();
-    if (name.empty() || name.find_first_of("/\\") != std::string::npos || name == "." ||
-        name == ".." || name.find('\0') != std::string::npos) {
-      throw bad(path, item.key() + ": shard \"" + name + "\" is not a plain file name");
-    }
-    shard_of[item.key()] = name;
+  const JsonStream map{{"weight_map"}, [&](const std::string& tensor, Json&& value) {
+                         if (!value.is_string()) {
+                           throw bad(path, tensor + ": shard name is not a string");
+                         }
+                         const std::string name = value.get<std::string>();
+                         if (name.empty() || name.find_first_of("/\\") != std::string::npos ||
+                             name == "." || name == ".." || name.find('\0') != std::string::npos) {
+                           throw bad(path,
+                                     tensor + ": shard \"" + name + "\" is not a plain file name");
+                         }
+                         shard_of[tensor] = name;
+                       }};
+  const Json index = parse_json(read_text_file(path, kMaxIndexBytes), path, {map});
+  if (!require(index, "weight_map", path).is_object() || shard_of.empty()) {
+    throw bad(path, "weight_map is not an object with entries");
   }
   return shard_of;
 }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "model/input_file.h"
 #include "model/tensor.h"
 
 namespace tq {

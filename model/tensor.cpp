@@ -1,13 +1,7 @@
 // tensor - see tensor.h.
 #include "model/tensor.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <bit>
-#include <cerrno>
 #include <cstdlib>
 #include <new>
 
@@ -114,45 +108,6 @@ std::vector<float> to_f32(const TensorView& view) {
   std::vector<float> values(static_cast<size_t>(view.n_elements()));
   convert_to_f32(view, 0, view.n_elements(), values.data());
   return values;
-}
-
-MappedFile::MappedFile(const std::string& path) : path_(path) {
-  const auto fail = [&](const char* what) {
-    const ErrorKind kind = errno == ENOMEM ? ErrorKind::kResource : ErrorKind::kIo;
-    return Error(kind, what, path, std::strerror(errno));
-  };
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) throw fail("cannot open file");
-  struct stat info = {};
-  if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
-    if (S_ISDIR(info.st_mode)) errno = EISDIR;
-    const Error error = fail("cannot read file");
-    ::close(fd);
-    throw error;
-  }
-  size_ = static_cast<size_t>(info.st_size);
-  if (size_ > 0) {  // an empty mapping is an error of mmap; an empty file is not one of ours
-    void* data = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (data == MAP_FAILED) {
-      const Error error = fail("cannot map file");
-      ::close(fd);
-      throw error;
-    }
-    data_ = static_cast<const std::byte*>(data);
-  }
-  ::close(fd);
-}
-
-MappedFile::~MappedFile() {
-  if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
-}
-
-void MappedFile::release(const std::byte* begin, size_t bytes) const {
-  // Only whole pages inside the span: neighbours may still be in use.
-  const size_t page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / page * page;
-  if (last > first) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
 AlignedBuffer::AlignedBuffer(size_t bytes) : size_(bytes) {

@@ -45,26 +45,6 @@ float element_as_f32(const TensorView& view, int64_t index);
 void convert_to_f32(const TensorView& view, int64_t first, int64_t count, float* out);
 std::vector<float> to_f32(const TensorView& view);
 
-/// Read-only mapping of a whole file. Throws kIo. The size is the one at open time; a file that
-/// another process truncates while mapped is outside what we can report (SIGBUS).
-class MappedFile {
- public:
-  explicit MappedFile(const std::string& path);
-  ~MappedFile();
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-  const std::byte* data() const { return data_; }
-  size_t size() const { return size_; }
-  const std::string& path() const { return path_; }
-  /// Tells the kernel that this span will not be needed soon, so that resident memory stays small.
-  void release(const std::byte* begin, size_t bytes) const;
-
- private:
-  std::string path_;
-  const std::byte* data_ = nullptr;
-  size_t size_ = 0;
-};
-
 /// Zero-initialised memory aligned to 64 bytes (one cache line, one AVX-512 register).
 class AlignedBuffer {
  public:

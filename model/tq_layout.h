@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "model/input_file.h"
 #include "model/json.h"
 #include "model/tensor.h"
 #include "model/weights.h"

@@ -8,6 +8,7 @@
 
 #include "model/atomic_file.h"
 #include "model/error.h"
+#include "model/input_file.h"
 
 namespace tq {
 namespace {

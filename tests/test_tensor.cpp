@@ -7,6 +7,7 @@
 #include <limits>
 #include <new>
 
+#include "model/input_file.h"
 #include "model/tensor.h"
 #include "tests/expect_error.h"
 #include "tests/temp_dir.h"

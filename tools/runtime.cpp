@@ -19,6 +19,7 @@
 #ifdef TQ_WITH_CUDA
 #include "cuda/cuda_backend.h"
 #endif
+#include "model/atomic_file.h"
 #include "model/error.h"
 #include "tools/turn_reader.h"
 
@@ -37,6 +38,7 @@ volatile std::sig_atomic_t g_signal = 0;
 void on_signal(int signal) {
   if (g_signal) {
     restore_terminal();
+    remove_unfinished_files();
     std::_Exit(128 + signal);
   }
   g_signal = signal;

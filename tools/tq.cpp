@@ -10,6 +10,7 @@
 #include "model/error.h"
 #include "tools/commands.h"
 #include "tools/runtime.h"
+#include "tools/safety_net.h"
 
 #ifndef TQ_VERSION
 #define TQ_VERSION "0.1.0"
@@ -124,6 +125,8 @@ int run(int argc, char** argv) {
 }  // namespace tq
 
 int main(int argc, char** argv) {
+  tq::hold_standard_descriptors();
+  tq::install_fatal_handlers();
   try {
     tq::install_signal_handler();
     return tq::run(argc, argv);
