@@ -207,6 +207,9 @@ void AtomicFile::write_at(uint64_t offset, const void* data, size_t bytes) {
     const ssize_t n = ::pwrite(fd_, cursor, left, static_cast<off_t>(offset));
     if (n < 0 && errno == EINTR) continue;
     if (n == 0) errno = ENOSPC;  // POSIX leaves it open why
+    if (n < 0 && errno == EFAULT) {
+      throw refused(path_, "what is to be written cannot be read: a file became shorter");
+    }
     if (n <= 0) fail("cannot write output file");
     cursor += n;
     offset += static_cast<uint64_t>(n);

@@ -5,11 +5,11 @@
 // tokenizer.json are not looked at: see tokenizer/tokenizer.h.
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <set>
 #include <string_view>
 
 #include "model/error.h"
+#include "model/folder_files.h"
 #include "model/safetensors.h"
 #include "model/tq_file.h"
 #include "model/weights.h"
@@ -17,29 +17,20 @@
 namespace tq {
 namespace {
 
-constexpr size_t kMaxTextBytes = size_t{256} << 20;
+// The largest known are a tenth of these.
+constexpr size_t kMaxConfigBytes = size_t{4} << 20, kMaxTokenizerConfigBytes = size_t{64} << 20,
+                 kMaxTokenizerBytes = size_t{256} << 20;
 
-std::string optional_text(const std::string& path) {
-  std::error_code ignored;
-  if (!std::filesystem::exists(path, ignored)) return "";
-  return read_text_file(path, kMaxTextBytes);
-}
-
-std::string required_text(const std::string& folder, const std::string& name) {
-  const std::string path = folder + "/" + name;
-  std::error_code ignored;
-  if (!std::filesystem::exists(path, ignored)) {
+std::string required_text(const std::string& folder, const std::string& name, size_t max_bytes) {
+  if (!in_folder(folder, name)) {
+    if (name == "config.json") explain_missing(folder, name + " not found");
     throw Error(ErrorKind::kBadData, "not a model folder", folder, name + " not found");
   }
-  std::string text = read_text_file(path, kMaxTextBytes);
-  if (text.empty()) throw Error(ErrorKind::kBadData, "bad model folder", path, "the file is empty");
+  std::string text = folder_text(folder, name, max_bytes);
+  if (text.empty()) {
+    throw Error(ErrorKind::kBadData, "bad model folder", folder + "/" + name, "the file is empty");
+  }
   return text;
-}
-
-bool starts_with(const std::string& path, std::string_view magic) {
-  std::ifstream file(path, std::ios::binary);
-  std::string begin(magic.size(), '\0');
-  return file.read(begin.data(), static_cast<std::streamsize>(begin.size())) && begin == magic;
 }
 
 enum class PathKind { kFolder, kFile };
@@ -61,7 +52,8 @@ PathKind path_kind(const std::string& path, const std::string& expected) {
 void check_is_folder(const std::string& path) {
   const std::string expected = "a folder with config.json, tokenizer.json and safetensors files";
   if (path_kind(path, expected) == PathKind::kFolder) return;
-  const bool gguf = starts_with(path, "GGUF");
+  refuse_lfs_pointer_at(path);
+  const bool gguf = begins_with(path, "GGUF");
   if (gguf || looks_like_tq(path)) {
     throw Error(ErrorKind::kBadData, "model is already quantized", path,
                 gguf ? "it is a GGUF file" : "it is a .tq file",
@@ -106,6 +98,8 @@ class FolderReader {
     model.release = [storage = storage_](const Matrix& m) {
       storage->shards.release(m.data, m.data_bytes());
     };
+    model.check_unchanged = [storage = storage_] { storage->shards.check_unchanged(); };
+    model.notes = storage_->shards.unread();
     return model;
   }
 
@@ -209,12 +203,12 @@ class FolderReader {
 Model load_hf_folder(const std::string& folder) {
   check_is_folder(folder);
   ModelTexts texts;
-  texts.config = required_text(folder, "config.json");
+  texts.config = required_text(folder, "config.json", kMaxConfigBytes);
   const Config config = parse_config(texts.config, folder + "/config.json");
-  texts.tokenizer = required_text(folder, "tokenizer.json");
-  texts.tokenizer_config = optional_text(folder + "/tokenizer_config.json");
-  texts.generation_config = optional_text(folder + "/generation_config.json");
-  texts.chat_template = optional_text(folder + "/chat_template.jinja");
+  texts.tokenizer = required_text(folder, "tokenizer.json", kMaxTokenizerBytes);
+  texts.tokenizer_config = folder_text(folder, "tokenizer_config.json", kMaxTokenizerConfigBytes);
+  texts.generation_config = folder_text(folder, "generation_config.json", kMaxConfigBytes);
+  texts.chat_template = folder_text(folder, "chat_template.jinja", kMaxConfigBytes);
   Model model = FolderReader(folder, config).read();
   model.config = config;
   model.texts = std::move(texts);
@@ -223,12 +217,13 @@ Model load_hf_folder(const std::string& folder) {
   return model;
 }
 
-Model load_model(const std::string& path) {
+Model load_model(const std::string& path, Verify verify) {
   const PathKind kind = path_kind(path, "a .tq file or a Hugging Face model folder");
   if (kind == PathKind::kFolder) return load_hf_folder(path);
-  if (looks_like_tq(path)) return load_tq_file(path);
+  if (looks_like_tq(path)) return load_tq_file(path, verify);
+  refuse_lfs_pointer_at(path);
   std::string why = "neither a .tq file nor a model folder", hint;
-  if (starts_with(path, "GGUF")) {
+  if (begins_with(path, "GGUF")) {
     why = "it is a GGUF file";
     hint = "tq reads .tq files and Hugging Face folders";
   } else if (path.ends_with(".safetensors")) {

@@ -17,12 +17,14 @@
 #include <set>
 
 #include "model/error.h"
+#include "model/folder_files.h"
 #include "model/json.h"
 
 namespace tq {
 namespace {
 
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
+constexpr const char* kIndexName = "model.safetensors.index.json";
 constexpr size_t kMaxIndexBytes = 32'000'000;  // ten times that of the largest model known
 
 Error bad(const std::string& path, const std::string& why, const std::string& hint = "") {
@@ -195,7 +197,8 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path) {
 namespace {
 
 // Shard files by the index, with every tensor's shard.
-std::map<std::string, std::string> read_index(const std::string& path) {
+std::map<std::string, std::string> read_index(const std::string& folder) {
+  const std::string path = folder + "/" + kIndexName;
   std::map<std::string, std::string> shard_of;
   const JsonStream map{{"weight_map"}, [&](const std::string& tensor, Json&& value) {
                          if (!value.is_string()) {
@@ -209,7 +212,7 @@ std::map<std::string, std::string> read_index(const std::string& path) {
                          }
                          shard_of[tensor] = name;
                        }};
-  const Json index = parse_json(read_text_file(path, kMaxIndexBytes), path, {map});
+  const Json index = parse_json(folder_text(folder, kIndexName, kMaxIndexBytes), path, {map});
   if (!require(index, "weight_map", path).is_object() || shard_of.empty()) {
     throw bad(path, "weight_map is not an object with entries");
   }
@@ -221,12 +224,11 @@ std::map<std::string, std::string> read_index(const std::string& path) {
 SafetensorsFolder::SafetensorsFolder(const std::string& folder) : folder_(folder) {
   namespace fs = std::filesystem;
   const std::string single = folder + "/model.safetensors";
-  const std::string index = folder + "/model.safetensors.index.json";
   std::map<std::string, std::string> shard_of;
   std::set<std::string> shards;
   std::error_code ignored;
-  if (fs::exists(index, ignored)) {
-    shard_of = read_index(index);
+  if (in_folder(folder, kIndexName)) {
+    shard_of = read_index(folder);
     for (const auto& [tensor, shard] : shard_of) shards.insert(shard);
     if (fs::exists(single, ignored) && !shards.count("model.safetensors")) {
       throw Error(ErrorKind::kBadData, "two sets of weights", folder,
@@ -236,13 +238,14 @@ SafetensorsFolder::SafetensorsFolder(const std::string& folder) : folder_(folder
   } else if (fs::exists(single, ignored)) {
     shards.insert("model.safetensors");
   } else {
+    explain_missing(folder, "neither model.safetensors nor its index is there");
     throw Error(ErrorKind::kBadData, "no weights", folder,
                 "neither model.safetensors nor model.safetensors.index.json is there",
                 "tq reads safetensors only, no .bin or .pth files");
   }
   std::string missing;
   for (const std::string& shard : shards) {
-    if (!fs::is_regular_file(folder + "/" + shard, ignored)) {
+    if (!fs::exists(folder + "/" + shard, ignored)) {
       missing += (missing.empty() ? "" : ", ") + shard;
     }
   }
@@ -313,6 +316,18 @@ std::vector<std::string> SafetensorsFolder::paths() const {
   std::vector<std::string> paths;
   for (const auto& file : files_) paths.push_back(file->file().path());
   return paths;
+}
+
+std::vector<std::string> SafetensorsFolder::unread() const {
+  std::vector<std::string> read;
+  for (const std::string& path : paths()) {
+    read.push_back(std::filesystem::path(path).filename().string());
+  }
+  return unread_files(folder_, read);
+}
+
+void SafetensorsFolder::check_unchanged() const {
+  for (const auto& file : files_) file->file().check_unchanged();
 }
 
 uint64_t SafetensorsFolder::n_bytes() const {

@@ -40,8 +40,12 @@ class SafetensorsFolder {
   /// View of a weight; throws kBadData when absent, of another shape, or of an unusable dtype.
   TensorView get(const std::string& name, const std::vector<int64_t>& shape) const;
   std::vector<std::string> names() const;
-  std::vector<std::string> paths() const;  // shard files, for overwrite checks
-  uint64_t n_bytes() const;                // of all tensors
+  std::vector<std::string> paths() const;  // shard files
+  /// A sentence for each kind of weights that lie beside these and are not read.
+  std::vector<std::string> unread() const;
+  /// Throws kIo if a shard was written to since it was opened.
+  void check_unchanged() const;
+  uint64_t n_bytes() const;  // of all tensors
   /// Drops the resident pages of a span of a shard (used layer by layer while quantizing); no
   /// effect on other memory.
   void release(const std::byte* begin, size_t bytes) const;

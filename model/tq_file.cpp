@@ -23,7 +23,7 @@ Json describe_matrix(const std::string& tensor, const Matrix& matrix) {
 
 }  // namespace
 
-TqWriter::TqWriter(const std::string& path) : file_(path) {
+TqWriter::TqWriter(const std::string& path, Replace replace) : file_(path, replace) {
   const TqPrologue empty{};  // all zero: an unfinished file has no magic
   file_.write(&empty, sizeof empty);
 }
@@ -158,28 +158,9 @@ void TqWriter::finish(const ModelTexts& texts, const Json& quantization,
 }
 
 int64_t verify_tq_file(const std::string& path) {
+  load_tq_file(path, Verify::kAll);
   const MappedFile file(path);
-  const TqLayout layout = read_tq_layout(file);
-  uint64_t end = sizeof(TqPrologue);
-  const auto check_padding = [&](uint64_t begin, uint64_t next) {
-    for (uint64_t i = begin; i < next; ++i) {
-      if (file.data()[i] != std::byte{0}) {
-        throw Error(ErrorKind::kBadData, "file is damaged", path,
-                    "padding byte " + std::to_string(i) + " is not zero", "copy the file again");
-      }
-    }
-  };
-  for (const TqTensor& tensor : layout.tensors) {
-    check_padding(end, tensor.offset);
-    if (hash_text(XXH3_64bits(file.data() + tensor.offset, tensor.bytes)) != tensor.hash) {
-      throw Error(ErrorKind::kBadData, "file is damaged", path,
-                  "checksum of tensor " + tensor.name + " does not match", "copy the file again");
-    }
-    end = tensor.offset + tensor.bytes;
-  }
-  check_padding(end, layout.header_offset);
-  load_tq_file(path);  // the description must be consistent too
-  return static_cast<int64_t>(layout.tensors.size());
+  return static_cast<int64_t>(read_tq_layout(file).tensors.size());
 }
 
 }  // namespace tq

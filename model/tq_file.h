@@ -24,7 +24,7 @@ bool looks_like_tq(const std::string& path);
 /// The destructor removes the temporary file of an unfinished write. Throws kIo.
 class TqWriter {
  public:
-  explicit TqWriter(const std::string& path);
+  explicit TqWriter(const std::string& path, Replace replace = Replace::kAllowed);
 
   /// Appends named bytes, 64-byte aligned, with their checksum. Names must be unique.
   void add(const std::string& name, const std::string& dtype, const std::vector<int64_t>& shape,
@@ -64,8 +64,8 @@ class TqWriter {
   uint32_t version_ = 2;  // the oldest that has all that was added
 };
 
-/// Checks every byte of a .tq file: prologue, header, each tensor's checksum, zero padding.
-/// Throws kBadData naming the tensor. Returns the number of tensors checked.
+/// Opens a .tq file with every byte checked, and returns the number of its tensors. Throws kBadData
+/// naming the tensor.
 int64_t verify_tq_file(const std::string& path);
 
 }  // namespace tq

@@ -51,6 +51,12 @@ struct TqLayout {
 /// Throws kBadData.
 TqLayout read_tq_layout(const MappedFile& file);
 
+/// Checks every tensor against its checksum and that the gaps between them are zero: with the
+/// layout that is every byte of the file. On all cores. Throws kBadData naming the first that is
+/// wrong.
+void check_contents(const MappedFile& file, const TqLayout& layout);
+void check_tensor(const MappedFile& file, const TqTensor& tensor);
+
 std::string hash_text(uint64_t hash);  // 16 hex digits
 
 const char* storage_name(Storage storage);

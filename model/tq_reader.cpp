@@ -65,6 +65,8 @@ TqTensor parse_tensor(const std::string& path, const Json& json) {
   tensor.offset = static_cast<uint64_t>(require_int(json, "offset", 0, INT64_MAX, path));
   tensor.bytes = static_cast<uint64_t>(require_int(json, "bytes", 0, INT64_MAX, path));
   tensor.hash = require_string(json, "xxh3", path);
+  if (json.size() != 6)
+    throw bad(path, "tensor " + tensor.name + ": unknown field", "use a newer tq");
   return tensor;
 }
 
@@ -183,6 +185,14 @@ class Reader {
     only_keys(header_, "the header",
               {"tq_format", "quantization", "residual_basis", "output_basis", "linears", "skips",
                "kv", "tensors"});
+    std::set<std::string> linears = {"tok_embed", "lm_head"};
+    for (int64_t i = 0; i < c.n_layers; ++i) {
+      for (const NamedLinear& named : kLayerLinears) {
+        linears.insert("layers." + std::to_string(i) + "." + named.name);
+      }
+    }
+    only_keys(require(header_, "linears", path_), "linears", linears);
+    only_keys(linear_json("tok_embed"), "tok_embed", {"weight"});
     if (!header_.contains("skips")) return;
     std::set<std::string> names;
     for (int64_t i = 0; i < c.n_layers; ++i) {
@@ -252,7 +262,8 @@ class Reader {
     return values;
   }
 
-  void only_keys(const Json& json, const std::string& where, std::set<std::string> allowed) {
+  void only_keys(const Json& json, const std::string& where,
+                 const std::set<std::string>& allowed) const {
     if (!json.is_object()) throw bad(path_, where + " is not an object");
     for (const auto& item : json.items()) {
       if (!allowed.count(item.key())) {
@@ -437,12 +448,7 @@ const char* storage_name(Storage storage) {
 }
 
 bool looks_like_tq(const std::string& path) {
-  std::FILE* file = std::fopen(path.c_str(), "rb");
-  if (!file) return false;
-  unsigned char magic[sizeof kTqMagic] = {};
-  const size_t n = std::fread(magic, 1, sizeof magic, file);
-  std::fclose(file);
-  return n == sizeof magic && std::memcmp(magic, kTqMagic, sizeof magic) == 0;
+  return begins_with(path, {reinterpret_cast<const char*>(kTqMagic), sizeof kTqMagic});
 }
 
 TqLayout read_tq_layout(const MappedFile& file) {
@@ -485,9 +491,16 @@ TqLayout read_tq_layout(const MappedFile& file) {
   return layout;
 }
 
-Model load_tq_file(const std::string& path) {
+Model load_tq_file(const std::string& path, Verify verify) {
   auto file = std::make_shared<MappedFile>(path);
-  const TqLayout layout = read_tq_layout(*file);
+  TqLayout layout = read_tq_layout(*file);
+  if (verify == Verify::kAll) {
+    check_contents(*file, layout);
+  } else {
+    for (const TqTensor& tensor : layout.tensors) {
+      if (tensor.name.starts_with("text.")) check_tensor(*file, tensor);
+    }
+  }
   Model model = Reader(*file, layout).read();
   model.source = path;
   model.owner = file;

@@ -156,21 +156,28 @@ struct Model {
   }
   std::vector<float> final_norm;  // [dim]
   std::vector<Layer> layers;
-  int kv_bits = 16;             // of the KV cache, as the file asks: 16, 8 or 4
-  std::string source;           // path, for messages
-  std::shared_ptr<void> owner;  // keeps mappings and buffers of the views alive
+  int kv_bits = 16;                // of the KV cache, as the file asks: 16, 8 or 4
+  std::string source;              // path, for messages
+  std::vector<std::string> notes;  // what a user should know about the source, a sentence each
+  std::shared_ptr<void> owner;     // keeps mappings and buffers of the views alive
   // Drops the resident pages of a matrix that will not be read soon (they come back when touched);
   // null, or no effect, where the matrix is not part of a mapped file.
   std::function<void(const Matrix&)> release;
+  // Throws kIo if the files behind the views were written to since they were opened; may be null.
+  std::function<void()> check_unchanged;
 };
+
+/// How much of a .tq file is read when it is opened: every byte, against its checksum; or only the
+/// texts, for who does not run it.
+enum class Verify { kAll, kTexts };
 
 /// Loads a model folder (config.json, safetensors, tokenizer files) without quantizing it.
 /// Views point into the mapped shards. Throws Error. (hf_folder.cpp)
 Model load_hf_folder(const std::string& folder);
-/// Opens a .tq file. Header, lengths and the header's checksum are always checked. (tq_file.cpp)
-Model load_tq_file(const std::string& path);
+/// Opens a .tq file. Prologue, header, lengths and texts are always checked. (tq_reader.cpp)
+Model load_tq_file(const std::string& path, Verify verify = Verify::kAll);
 /// A folder or a .tq file, whichever `path` is; the error for anything else says what it looks
 /// like.
-Model load_model(const std::string& path);
+Model load_model(const std::string& path, Verify verify = Verify::kAll);
 
 }  // namespace tq

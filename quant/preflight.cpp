@@ -13,6 +13,7 @@
 #include <cstring>
 #include <fstream>
 
+#include "model/atomic_file.h"
 #include "model/error.h"
 #include "quant/learn.h"
 
@@ -210,20 +211,18 @@ void check_output_path(const std::string& output, const std::vector<std::string>
     refuse("folder " + folder + ": " + std::strerror(errno), "create it first");
   }
   if (!S_ISDIR(info.st_mode)) refuse(folder + " is not a folder");
-  if (access(folder.c_str(), W_OK | X_OK) != 0) {
-    refuse("folder " + folder + ": " + std::strerror(errno));
-  }
-  if (stat(output.c_str(), &info) != 0) return;
-  if (S_ISDIR(info.st_mode)) refuse("it is a folder", "name a file, for example model.tq");
+  const std::string target = output_target(output, Replace::kAllowed);
   for (const std::string& input : inputs) {
     struct stat other {};
-    if (stat(input.c_str(), &other) == 0 && other.st_dev == info.st_dev &&
-        other.st_ino == info.st_ino) {
+    if (stat(target.c_str(), &info) == 0 && stat(input.c_str(), &other) == 0 &&
+        other.st_dev == info.st_dev && other.st_ino == info.st_ino) {
       refuse("it is the input " + input, "choose another name");
     }
   }
-  if (!S_ISREG(info.st_mode)) refuse("it is not a regular file");
-  if (!force) refuse("it exists", "use --force to replace it");
+  if (!force) output_target(output, Replace::kNever);
+  if (access(parent_folder(target).c_str(), W_OK | X_OK) != 0) {
+    refuse("folder " + parent_folder(target) + ": " + std::strerror(errno));
+  }
 }
 
 void check_disk_space(const std::string& output, uint64_t bytes) {

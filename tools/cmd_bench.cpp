@@ -110,7 +110,7 @@ void bench(const BenchOptions& options) {
   if (options.model.empty() == options.shape.empty()) {
     throw Error(ErrorKind::kUsage, "one model is needed", "tq bench", "give a file or --shape");
   }
-  const Model model = options.shape.empty() ? load_model(options.model)
+  const Model model = options.shape.empty() ? load_model(options.model, options.device.verify)
                                             : random_model(options.shape, options.shape_options);
   const int64_t n_ids =
       options.shape.empty() ? open_tokenizer(model).size() : model.config.vocab_size;

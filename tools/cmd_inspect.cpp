@@ -220,7 +220,8 @@ void add_inspect_command(CLI::App& app) {
   command->add_option("model", options->model, ".tq file or Hugging Face folder")->required();
   command->add_flag("--json", options->json, "one JSON object on stdout");
   command->callback([options] {
-    const Model model = load_model(options->model);
+    const Model model = load_model(options->model, Verify::kTexts);
+    print_notes(model);
     const Json json = inspect_json(model, open_tokenizer(model));
     if (options->json) {
       write_json(json, 2);

@@ -19,7 +19,7 @@ void tokenize(const TokenizeOptions& options) {
     throw Error(ErrorKind::kUsage, "what to tokenize?", "tq tokenize",
                 "give one of --text, --file, --decode");
   }
-  const Model model = load_model(options.model);
+  const Model model = load_model(options.model, Verify::kTexts);
   const Tokenizer tokenizer = open_tokenizer(model);
   if (!options.decode.empty()) {
     const std::string text =

@@ -56,6 +56,9 @@ void add_device_options(CLI::App& command, DeviceOptions& options, bool with_kv)
         ->check(CLI::IsMember({32, 16, 8, 4}))
         ->default_str("32 for an unquantized folder, else the file's, mostly 16");
   }
+  command.add_flag_callback(
+      "--no-verify", [&options] { options.verify = Verify::kTexts; },
+      "load a .tq file without checking the checksums of its weights");
 }
 
 std::unique_ptr<Backend> open_backend(const DeviceOptions& options) {
@@ -89,7 +92,7 @@ Tokenizer open_tokenizer(const Model& model) {
 }
 
 Runtime::Runtime(const std::string& path, const DeviceOptions& options)
-    : model(load_model(path)),
+    : model(load_model(path, options.verify)),
       tokenizer(open_tokenizer(model)),
       backend(open_backend(options)),
       prepared(model, *backend) {}
@@ -238,8 +241,14 @@ std::vector<int32_t> parse_ids(const std::string& option, const std::string& lis
   return ids;
 }
 
+void print_notes(const Model& model) {
+  for (const std::string& note : model.notes) {
+    std::fprintf(stderr, "tq: %s: %s\n", printable(model.source).c_str(), printable(note).c_str());
+  }
+}
+
 std::string read_input_text(const std::string& path) {
-  if (path != "-") return read_text_file(path, kMaxTextBytes);
+  if (path != "-") return read_text_file(path, kMaxTextBytes, Accept::kPipesToo);
   std::string text((std::istreambuf_iterator<char>(std::cin)), std::istreambuf_iterator<char>());
   if (std::cin.bad()) throw Error(ErrorKind::kIo, "cannot read", "stdin", std::strerror(errno));
   return text;

@@ -17,6 +17,7 @@ struct DeviceOptions {
   std::string device = "auto";
   int threads = 0;  // 0 = all cores
   int kv_bits = 0;  // 0 = what the model asks for
+  Verify verify = Verify::kAll;
 };
 void add_device_options(CLI::App& command, DeviceOptions& options, bool with_kv);
 
@@ -79,7 +80,10 @@ std::vector<std::string> model_files(const std::string& model);
 /// Token ids 0 .. n_ids - 1, separated by commas or blanks. Throws kUsage naming `option`.
 std::vector<int32_t> parse_ids(const std::string& option, const std::string& list, int64_t n_ids);
 
-/// Reads a whole text file, or stdin for "-".
+/// Prints what the user should know about the files of a model, a line each on stderr.
+void print_notes(const Model& model);
+
+/// Reads a whole text file or pipe, or stdin for "-".
 std::string read_input_text(const std::string& path);
 
 }  // namespace tq
