@@ -62,6 +62,15 @@ class Descent {
   const DescentOptions& options() const { return options_; }
   void set_lr(double lr) { options_.lr = lr; }
 
+  /// Everything but the options (quant/archive.h).
+  template <typename Archive>
+  void transfer(Archive& archive) {
+    archive.matrix(momentum_);
+    archive.value(second_);
+    archive.matrix(seconds_);
+    archive.value(steps_);
+  }
+
  private:
   MatrixRM step_per_entry(const MatrixRM& gradient) {
     if (seconds_.size() == 0) seconds_ = MatrixRM::Zero(gradient.rows(), gradient.cols());

@@ -50,6 +50,12 @@ class MultiplicativeGauge {
   GaugeStep step(const MatrixRM& z);
   const MatrixRM& g() const { return g_; }
   void set_lr(double lr) { descent_.set_lr(lr); }
+  /// Everything but the options (quant/archive.h).
+  template <typename Archive>
+  void transfer(Archive& archive) {
+    archive.matrix(g_);
+    descent_.transfer(archive);
+  }
 
  private:
   GaugeOptions options_;

@@ -52,6 +52,11 @@ class Descending {
     return {&values, gradient.data()};
   }
   bool touched() const { return touched_; }
+  void transfer(Archive& archive) {
+    archive.matrix(matrix);
+    optimizer_->transfer(archive);
+    if (archive.reading()) publish();
+  }
   void step(double factor) {
     if (!touched_) return;
     MatrixRM d(matrix.rows(), matrix.cols());
@@ -82,6 +87,23 @@ struct DescendingBranch {
   std::vector<float> gradient_a, gradient_b;
   std::unique_ptr<MultiplicativeGauge> gauge;
 
+  explicit DescendingBranch(int64_t rank) {
+    GaugeOptions options;
+    options.descent.momentum = 0.9;
+    options.descent.adam = true;
+    options.descent.per_entry = true;
+    options.descent.second_momentum = 0.95;
+    gauge = std::make_unique<MultiplicativeGauge>(MatrixRM::Identity(rank, rank), options);
+  }
+  void transfer(Archive& archive) {
+    for (FloatMatrix* factor : {&factors.a, &factors.b}) {
+      archive.value(factor->rows);
+      archive.value(factor->cols);
+      archive.vector(factor->data);
+    }
+    gauge->transfer(archive);
+    if (archive.reading()) clear();
+  }
   void clear() {
     gradient_a.assign(factors.a.data.size(), 0.0f);
     gradient_b.assign(factors.b.data.size(), 0.0f);
@@ -120,7 +142,6 @@ class Learner {
       const uint64_t stream = kHeadSigns + static_cast<uint64_t>(layer);
       heads_.emplace_back(random_hadamard(c.head_dim, options.seed, stream), kHeadRate);
     }
-    if (options.rounds_branch() && options.split == Split::kSvd) split_weights();
   }
 
   LearnResult run() {
@@ -128,11 +149,11 @@ class Learner {
     // Sublayer bases start from a global one: what they have in common is learned by all layers
     // together, and the rotations between them stay small.
     const int64_t shared = layerwise ? options_.steps / 2 : options_.steps;
-    descend(0, shared);
+    const bool restored = hooks_.restore && hooks_.restore([this](Archive& a) { transfer(a); });
+    if (!restored && options_.rounds_branch() && options_.split == Split::kSvd) split_weights();
+    if (residual_.size() == 1) descend(0, shared);
     if (layerwise) {
-      const MatrixRM start = residual_.front().matrix;
-      residual_.clear();
-      for (int64_t i = 0; i <= 2 * n_layers_; ++i) residual_.emplace_back(start, kLayerwiseRate);
+      if (residual_.size() == 1) part_sublayers();
       descend(shared, options_.steps);
     }
     LearnResult result;
@@ -155,12 +176,44 @@ class Learner {
   }
 
  private:
+  // Everything that the steps to come depend on, between two steps.
+  void transfer(Archive& archive) {
+    archive.vector(losses_);
+    archive.vector(order_);
+    archive.value(rng_.state());
+    uint64_t n_bases = residual_.size(), n_branches = branches_.size();
+    archive.value(n_bases);
+    archive.value(n_branches);
+    if (archive.reading()) {
+      if (n_bases > 1) part_sublayers();
+      TQ_CHECK(n_bases == residual_.size(), "a state of another model");
+      while (branches_.size() < n_branches) add_branches();
+    }
+    for (Descending& basis : residual_) basis.transfer(archive);
+    for (Descending& head : heads_) head.transfer(archive);
+    for (auto& layer : branches_) {
+      for (DescendingBranch& branch : layer) branch.transfer(archive);
+    }
+  }
+
+  // From one basis to one for every sublayer.
+  void part_sublayers() {
+    const MatrixRM start = residual_.front().matrix;
+    residual_.clear();
+    for (int64_t i = 0; i <= 2 * n_layers_; ++i) residual_.emplace_back(start, kLayerwiseRate);
+  }
+
+  void add_branches() {
+    auto& layer = branches_.emplace_back();
+    for (int i = 0; i < kNLinears; ++i) layer.emplace_back(options_.rank);
+  }
+
   // The leading singular triplets of every weight, with the closed-form G between the factors.
   void split_weights() {
     for (int64_t index = 0; index < n_layers_; ++index) {
       hooks_.stop();
       const FloatLayer layer = load(index);
-      branches_.emplace_back();
+      add_branches();
       for (size_t i = 0; i < kNLinears; ++i) {
         DescendingBranch& branch = branches_.back()[i];
         branch.factors = truncated_svd(layer.linears[i], options_.rank);
@@ -169,20 +222,9 @@ class Learner {
         balance_branch(branch.factors,
                        to_double(product_tn(h, h, options_.threads)) / static_cast<double>(h.rows),
                        options_.threads);
-        branch.gauge = std::make_unique<MultiplicativeGauge>(
-            MatrixRM::Identity(options_.rank, options_.rank), gauge_options());
         branch.clear();
       }
     }
-  }
-
-  static GaugeOptions gauge_options() {
-    GaugeOptions options;
-    options.descent.momentum = 0.9;
-    options.descent.adam = true;
-    options.descent.per_entry = true;
-    options.descent.second_momentum = 0.95;
-    return options;
   }
 
   std::vector<int64_t> all_tokens() const {
@@ -220,20 +262,21 @@ class Learner {
   }
 
   void descend(int64_t first, int64_t last) {
-    const int64_t n_visits = std::min(kLayersPerStep, n_layers_);
     const double scale = options_.learns_from_predictions() ? kPredictionShare : 1.0;
-    for (int64_t step = first; step < last; ++step) {
-      double loss = 0;
+    const Transfer state = [this](Archive& archive) { transfer(archive); };
+    for (int64_t step = std::max(first, std::ssize(losses_)); step < last; ++step) {
       std::vector<int64_t> visited;
-      if (options_.learns_from_predictions()) {
-        hooks_.stop();
-        loss = predict();
-      } else {
-        for (int64_t i = 0; i < n_visits; ++i) {
-          hooks_.stop();
-          visited.push_back(next_layer());
-          loss += visit(visited.back()) / static_cast<double>(n_visits);
-        }
+      const SplitMix64 rng = rng_;
+      const std::vector<int64_t> order = order_;
+      double loss = 0;
+      try {
+        loss = visit_layers(visited);
+      } catch (const Error& error) {
+        if (error.kind() != ErrorKind::kInterrupted || !hooks_.keep) throw;
+        rng_ = rng;  // the step begins again
+        order_ = order;
+        hooks_.keep(state, true);
+        throw;
       }
       const double progress = static_cast<double>(step - first) / static_cast<double>(last - first);
       const double factor = scale * 0.5 * (1.0 + std::cos(std::numbers::pi * progress));
@@ -243,7 +286,24 @@ class Learner {
       double recent = 0;
       for (size_t i = losses_.size() - window; i < losses_.size(); ++i) recent += losses_[i];
       hooks_.progress(step + 1, options_.steps, recent / static_cast<double>(window));
+      if (hooks_.keep) hooks_.keep(state, false);
     }
+  }
+
+  // Gradients of a step, and its loss.
+  double visit_layers(std::vector<int64_t>& visited) {
+    if (options_.learns_from_predictions()) {
+      hooks_.stop();
+      return predict();
+    }
+    double loss = 0;
+    const int64_t n_visits = std::min(kLayersPerStep, n_layers_);
+    for (int64_t i = 0; i < n_visits; ++i) {
+      hooks_.stop();
+      visited.push_back(next_layer());
+      loss += visit(visited.back()) / static_cast<double>(n_visits);
+    }
+    return loss;
   }
 
   double visit(int64_t index) {
@@ -337,7 +397,7 @@ class Learner {
   int64_t loaded_index_ = -1;
   SplitMix64 rng_;
   std::vector<Descending> residual_, heads_;
-  std::vector<std::array<DescendingBranch, kNLinears>> branches_;
+  std::vector<std::vector<DescendingBranch>> branches_;  // [layer][linear], or none
   std::vector<int64_t> order_;
   std::vector<double> losses_;
 };

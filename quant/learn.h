@@ -14,6 +14,7 @@
 
 #include <functional>
 
+#include "quant/archive.h"
 #include "quant/learned_basis.h"
 #include "quant/quantize_layer.h"
 
@@ -44,6 +45,12 @@ struct LearnHooks {
   std::function<void()> stop;  // throws to abandon
   /// The weights of a layer have been copied out of the source (its mapped pages may go). Optional.
   std::function<void(int64_t layer)> loaded = nullptr;
+  /// Before the first step: transfers a state that `keep` was given, if there is one, and says so.
+  /// The descent goes on from there to the same bits. Optional, as is `keep`.
+  std::function<bool(const Transfer&)> restore = nullptr;
+  /// After each step, and once more (`leaving`) when `stop` has thrown: the state after the last
+  /// whole step, which a transfer into an archive keeps.
+  std::function<void(const Transfer&, bool leaving)> keep = nullptr;
 };
 
 struct LearnResult {

@@ -3,6 +3,8 @@
 
 #include <xxhash.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <optional>
@@ -17,6 +19,10 @@
 
 namespace tq {
 namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr Clock::duration kKeepEvery = std::chrono::seconds(5);  // of learning, at most
 
 std::string hex(uint64_t value) {
   char text[17];
@@ -85,16 +91,34 @@ struct Table {
 class Pipeline {
  public:
   Pipeline(const Model& source, const QuantizeOptions& options, const QuantizeHooks& hooks,
-           const std::string& output)
+           const std::string& output, Replace replace)
       : source_(source),
         options_(options),
         hooks_(hooks),
         basis_(options, source.config),
         store_(output),
-        writer_(output) {}
+        writer_(output, replace) {}
 
   QuantizeResult run(const Calibration* calibration, const Json& fingerprint, Backend& backend,
                      bool resume) {
+    try {
+      return run_stages(calibration, fingerprint, backend, resume);
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::kInterrupted) throw;
+      const std::string kept = keeps_results_ ? store_.contents() : "";
+      if (kept.empty()) {
+        if (keeps_results_) store_.remove();
+        throw Error(ErrorKind::kInterrupted, "interrupted", "tq quantize",
+                    "nothing was finished, and nothing is kept");
+      }
+      throw Error(ErrorKind::kInterrupted, "interrupted", "tq quantize",
+                  "in " + store_.folder() + ": " + kept, "continue with --resume");
+    }
+  }
+
+ private:
+  QuantizeResult run_stages(const Calibration* calibration, const Json& fingerprint,
+                            Backend& backend, bool resume) {
     TQ_CHECK(calibration || !options_.needs_calibration());
     note(basis_.fallback_note(source_.config));
     if (calibration) prepare_store(fingerprint, resume);
@@ -132,7 +156,6 @@ class Pipeline {
     return std::move(result_);
   }
 
- private:
   void note(const std::string& sentence) const {
     if (hooks_.note && !sentence.empty()) hooks_.note(sentence);
   }
@@ -141,13 +164,26 @@ class Pipeline {
   }
   void check_interrupted() const {
     if (!hooks_.interrupted || !hooks_.interrupted()) return;
-    throw Error(
-        ErrorKind::kInterrupted, "interrupted", "tq quantize",
-        keeps_results_ ? "finished layers are kept in " + store_.folder() : "nothing was written",
-        keeps_results_ ? "continue with --resume" : "");
+    throw Error(ErrorKind::kInterrupted, "interrupted", "tq quantize", "stopped");
+  }
+  // Work on what is no longer the model whose fingerprint was taken must not be kept.
+  void check_source() const {
+    if (source_.check_unchanged) source_.check_unchanged();
+  }
+  // What an earlier run left, or nothing, with a note, where that is damaged.
+  template <typename Load>
+  auto unless_damaged(const Load& load) const -> decltype(load()) {
+    try {
+      return load();
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::kBadData) throw;
+      note(std::string(error.what()) + ": it is made again");
+      return {};
+    }
   }
 
   void prepare_store(const Json& fingerprint, bool resume) {
+    store_.lock();
     keeps_results_ = true;
     if (resume && store_.exists()) {
       store_.check(fingerprint);
@@ -163,9 +199,10 @@ class Pipeline {
 
   void learn(const Calibration& calibration, Backend& backend) {
     std::optional<LearnResult> learned;
-    if (resuming_) learned = store_.load_learned();
+    if (resuming_) learned = unless_damaged([&] { return store_.load_learned(); });
     if (!learned) {
       const auto stop = [&] { check_interrupted(); };
+      const bool begun = resuming_ && unless_damaged([&] { return store_.check_learning(); });
       std::optional<InputBank> bank;
       if (!options_.learns_from_predictions()) {
         bank.emplace(source_, calibration, basis_.down(), backend, options_.threads,
@@ -175,12 +212,20 @@ class Pipeline {
                        step(layer, "sampling");
                      });
       }
-      const LearnHooks hooks{[&](int64_t step, int64_t n_steps, double loss) {
-                               if (hooks_.descent) hooks_.descent("learning", step, n_steps, loss);
-                             },
-                             stop, [&](int64_t layer) { release_layer(layer); }};
+      const LearnHooks hooks{
+          [&](int64_t step, int64_t n_steps, double loss) {
+            if (hooks_.descent) hooks_.descent("learning", step, n_steps, loss);
+          },
+          stop, [&](int64_t layer) { release_layer(layer); },
+          [&](const Transfer& transfer) {
+            if (begun) store_.load_learning(transfer);
+            return begun;
+          },
+          [&](const Transfer& transfer, bool leaving) { keep_learning(transfer, leaving); }};
+      next_keep_ = Clock::now() + kKeepEvery;
       learned = learn_basis({source_, calibration, bank ? &*bank : nullptr, basis_.down()},
                             options_, hooks);
+      check_source();
       store_.save_learned(*learned);
     }
     char text[96];
@@ -191,6 +236,15 @@ class Pipeline {
     basis_.deploy(std::move(learned->basis), options_);
     linear_bytes_ += transform_bytes(basis_.input());
     if (basis_.learned()->layerwise()) linear_bytes_ += transform_bytes(basis_.output());
+  }
+
+  // Every few steps, but so that writing takes at most a twentieth of the time.
+  void keep_learning(const Transfer& transfer, bool leaving) {
+    const auto start = Clock::now();
+    if (!leaving && start < next_keep_) return;
+    check_source();
+    store_.save_learning(transfer);
+    next_keep_ = Clock::now() + std::max<Clock::duration>(kKeepEvery, 20 * (Clock::now() - start));
   }
 
   // Lets the scales of all finished layers learn from the original's predictions, then writes them.
@@ -248,7 +302,8 @@ class Pipeline {
   bool take_finished(int64_t layer) {
     if (!resuming_) return false;
     check_interrupted();
-    std::optional<QuantizedLayer> finished = store_.load(layer, basis_.down());
+    std::optional<QuantizedLayer> finished =
+        unless_damaged([&] { return store_.load(layer, basis_.down()); });
     if (!finished) return false;
     ++result_.n_resumed;
     finish_layer(layer, std::move(*finished));
@@ -273,6 +328,7 @@ class Pipeline {
     step(layer, "rounding");
     QuantizedLayer quantized = quantize_layer(folded_layer, layer, options_, source_.config, basis_,
                                               stats ? &*stats : nullptr, stop);
+    check_source();
     if (keeps_results_) store_.save(layer, quantized);
     finish_layer(layer, std::move(quantized));
   }
@@ -349,6 +405,7 @@ class Pipeline {
 
   void finish(const Calibration* calibration, const Backend& backend) {
     check_interrupted();
+    check_source();
     result_.bits_per_weight =
         8.0 * static_cast<double>(linear_bytes_) / static_cast<double>(n_weights_);
     result_.quantization = describe_options(options_);
@@ -376,6 +433,7 @@ class Pipeline {
   QuantizeResult result_;
   std::vector<QuantizedLayer> finished_;
   bool keeps_results_ = false, resuming_ = false;
+  Clock::time_point next_keep_;  // the state of learning
   uint64_t linear_bytes_ = 0;
   int64_t n_weights_ = 0;
 };
@@ -385,10 +443,10 @@ class Pipeline {
 QuantizeResult quantize_model(const Model& source, const QuantizeOptions& options,
                               const Calibration* calibration, uint64_t weights_hash,
                               Backend& backend, const std::string& output, bool resume,
-                              const QuantizeHooks& hooks) {
+                              const QuantizeHooks& hooks, Replace replace) {
   fix_block_sizes();
   if (!options.needs_calibration()) calibration = nullptr;
-  Pipeline pipeline(source, options, hooks, output);
+  Pipeline pipeline(source, options, hooks, output, replace);
   return pipeline.run(calibration,
                       make_fingerprint(source, options, calibration, weights_hash, backend),
                       backend, resume);

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "model/atomic_file.h"
 #include "model/backend.h"
 #include "quant/calibrate.h"
 #include "quant/distortion.h"
@@ -47,10 +48,12 @@ struct QuantizeResult {
 /// Quantizes `source` into `output`. calibration: required when options.needs_calibration(). The
 /// results of finished layers are kept in output + ".resume" until the file is complete; with
 /// `resume` they are used again, after a check that model, options and calibration are the same.
+/// Files there that are damaged, or of another run, are made again. Throws kIo while another run
+/// makes the same output, or when a file of the source has changed since it was opened.
 /// weights_hash: scan_weights(source). Preflight checks are the caller's (preflight.h).
 QuantizeResult quantize_model(const Model& source, const QuantizeOptions& options,
                               const Calibration* calibration, uint64_t weights_hash,
                               Backend& backend, const std::string& output, bool resume,
-                              const QuantizeHooks& hooks);
+                              const QuantizeHooks& hooks, Replace replace = Replace::kAllowed);
 
 }  // namespace tq

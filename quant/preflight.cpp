@@ -194,7 +194,9 @@ QuantizePlan make_plan(const Model& model, const QuantizeOptions& options, int64
   plan.output_bytes = plan.linear_bytes + plan.table_bytes + dense_bytes + text_bytes +
                       kHeaderPerLinear * static_cast<uint64_t>(kNLinears * c.n_layers);
   if (options.needs_calibration()) {
-    plan.resume_bytes = plan.linear_bytes + dense_bytes + learned_bytes(options, c);
+    // While a basis is learned, its state with both moments, which is replaced by writing another.
+    plan.resume_bytes = std::max(plan.linear_bytes + dense_bytes + learned_bytes(options, c),
+                                 6 * learned_bytes(options, c));
   }
   plan.memory_bytes = estimate_memory(options, c, layer_weights, layer_bytes, n_tokens);
   return plan;

@@ -1,10 +1,19 @@
 // resume - reading and writing of finished layers. See resume.h.
 #include "quant/resume.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <xxhash.h>
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
+#include <memory>
+#include <new>
+#include <string_view>
+#include <vector>
 
 #include "model/atomic_file.h"
 #include "model/error.h"
@@ -13,14 +22,51 @@
 namespace tq {
 namespace {
 
-constexpr char kMagic[8] = {'T', 'Q', 'L', 'A', 'Y', 'E', 'R', '2'};
+constexpr char kMagic[8] = {'T', 'Q', 'L', 'A', 'Y', 'E', 'R', '3'};
+constexpr const char* kFingerprintFile = "/fingerprint.json";
 constexpr const char* kLearnedFile = "/learned.bin";
+constexpr const char* kLearningFile = "/learning.bin";
 constexpr size_t kMaxFingerprintBytes = 16u << 20;
 
+// A file of finished work, written as it comes: states of a descent are larger than memory bears
+// twice.
+class FramedFile {
+ public:
+  FramedFile(const std::string& path, const Json& json)
+      : file_(path), state_(XXH3_createState(), XXH3_freeState) {
+    if (!state_) throw std::bad_alloc();
+    XXH3_64bits_reset(state_.get());
+    const std::string description = json.dump();
+    const uint64_t length = description.size();
+    append(kMagic, sizeof kMagic);
+    append(&length, sizeof length);
+    append(description.data(), description.size());
+  }
+  void append(const void* data, size_t bytes) {
+    XXH3_64bits_update(state_.get(), data, bytes);
+    file_.write(data, bytes);
+  }
+  void finish() {
+    const uint64_t hash = XXH3_64bits_digest(state_.get());
+    file_.write(&hash, sizeof hash);
+    file_.finish();
+  }
+
+ private:
+  AtomicFile file_;
+  std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state_;
+};
+
+// Collects arrays for the end of a file. They must live until then.
 class LayerWriter {
  public:
   void append(const void* data, size_t bytes) {
-    arrays_.append(static_cast<const char*>(data), bytes);
+    arrays_.emplace_back(static_cast<const char*>(data), bytes);
+  }
+  void write(const std::string& path, const Json& json) const {
+    FramedFile file(path, json);
+    for (const std::string_view array : arrays_) file.append(array.data(), array.size());
+    file.finish();
   }
   Json vector(const std::vector<float>& values) {
     append(values.data(), values.size() * sizeof(float));
@@ -39,10 +85,9 @@ class LayerWriter {
     append(m.scales.data(), m.scales.size() * 2);
     return {static_cast<int>(m.storage), m.rows, m.cols, m.group};
   }
-  const std::string& arrays() const { return arrays_; }
 
  private:
-  std::string arrays_;
+  std::vector<std::string_view> arrays_;
 };
 
 class LayerReader {
@@ -91,6 +136,7 @@ class LayerReader {
     take(m.scales.data(), m.scales.size() * 2);
     return m;
   }
+  size_t bytes_left() const { return rest_.size(); }
   [[noreturn]] void damaged(const std::string& why) const {
     throw Error(ErrorKind::kBadData, "resume data is damaged", path_, why,
                 "start again without --resume");
@@ -170,22 +216,11 @@ QuantizedLayer read_layer(const Json& json, LayerReader& reader, const Transform
   return result;
 }
 
-std::string framed(const Json& json, const std::string& arrays) {
-  const std::string description = json.dump();
-  const uint64_t length = description.size();
-  std::string bytes(kMagic, sizeof kMagic);
-  bytes.append(reinterpret_cast<const char*>(&length), sizeof length);
-  bytes += description;
-  bytes += arrays;
-  const uint64_t hash = XXH3_64bits(bytes.data(), bytes.size());
-  bytes.append(reinterpret_cast<const char*>(&hash), sizeof hash);
-  return bytes;
-}
-
-// Checks a file and hands over its description and arrays; does nothing if there is no such file.
+// Checks a file and hands over its description and arrays; false if there is no such file.
+// `binding` is what the file must be about.
 template <typename Use>
-void read_framed(const std::string& path, const Use& use) {
-  if (!std::filesystem::exists(path)) return;
+bool read_framed(const std::string& path, const Json& binding, const Use& use) {
+  if (!std::filesystem::exists(path)) return false;
   const MappedFile file(path);
   const std::string_view bytes(reinterpret_cast<const char*>(file.data()), file.size());
   constexpr size_t kPrefix = sizeof kMagic + sizeof(uint64_t);
@@ -201,57 +236,157 @@ void read_framed(const std::string& path, const Use& use) {
     whole.damaged("its checksum does not match");
   }
   const Json json = parse_json(body.substr(kPrefix, length), path);
+  if (!json.contains("binding") || json.at("binding") != binding) {
+    whole.damaged("it belongs to another layer or another run");
+  }
   LayerReader reader(path, body.substr(kPrefix + length));
   try {
     use(json, reader);
   } catch (const Json::exception&) {
     reader.damaged("its description is incomplete");
   }
+  return true;
+}
+
+class WritingArchive : public Archive {
+ public:
+  explicit WritingArchive(FramedFile& file) : file_(file) {}
+  bool reading() const override { return false; }
+
+ protected:
+  void bytes(void* data, size_t count) override { file_.append(data, count); }
+  size_t checked_count(uint64_t count, size_t) const override { return count; }
+
+ private:
+  FramedFile& file_;
+};
+
+class ReadingArchive : public Archive {
+ public:
+  explicit ReadingArchive(LayerReader& reader) : reader_(reader) {}
+  bool reading() const override { return true; }
+
+ protected:
+  void bytes(void* data, size_t count) override { reader_.take(data, count); }
+  size_t checked_count(uint64_t count, size_t element_bytes) const override {
+    if (count > reader_.bytes_left() / element_bytes) reader_.damaged("it ends early");
+    return count;
+  }
+
+ private:
+  LayerReader& reader_;
+};
+
+bool is_ours(const std::string& name) {
+  return name.starts_with("layer-") || name.starts_with("learned.bin") ||
+         name.starts_with("learning.bin") || name.starts_with("fingerprint.json");
+}
+
+void remove_file(const std::string& path) {
+  std::error_code ignored;
+  std::filesystem::remove(path, ignored);
 }
 
 }  // namespace
 
 ResumeStore::ResumeStore(const std::string& output) : folder_(output + ".resume") {}
 
-bool ResumeStore::exists() const {
-  return std::filesystem::exists(folder_ + "/fingerprint.json");
+ResumeStore::~ResumeStore() {
+  if (fd_ < 0) return;
+  ::rmdir(folder_.c_str());  // fails, rightly, unless nothing was kept
+  ::close(fd_);
 }
 
-void ResumeStore::check(const Json& fingerprint) const {
-  const std::string path = folder_ + "/fingerprint.json";
+bool ResumeStore::exists() const {
+  return std::filesystem::exists(folder_ + kFingerprintFile);
+}
+
+// The folder may go between the steps of this: the run that had it was just finishing.
+void ResumeStore::lock() {
+  while (fd_ < 0) {
+    if (::mkdir(folder_.c_str(), 0777) != 0 && errno != EEXIST) {
+      throw Error(ErrorKind::kIo, "cannot create folder", folder_, std::strerror(errno));
+    }
+    const int fd = ::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0 && errno == ENOENT) continue;
+    if (fd < 0) throw Error(ErrorKind::kIo, "cannot open folder", folder_, std::strerror(errno));
+    const bool locked = lock_descriptor(fd, false);
+    if (locked && still_named(fd, folder_)) {
+      fd_ = fd;
+      return;
+    }
+    ::close(fd);
+    if (!locked) {
+      throw Error(ErrorKind::kIo, "output is being made", folder_,
+                  "another tq works in this folder",
+                  "wait until it has ended, or choose another output");
+    }
+  }
+}
+
+void ResumeStore::refuse_second_run(const std::string& output) {
+  const std::string folder = output + ".resume";
+  if (std::filesystem::is_directory(folder)) ResumeStore(output).lock();
+}
+
+uint64_t ResumeStore::held_bytes(const std::string& output) {
+  uint64_t bytes = 0;
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(output + ".resume", ignored)) {
+    if (!is_ours(entry.path().filename().string())) continue;
+    const uint64_t size = entry.file_size(ignored);
+    if (!ignored) bytes += size;
+  }
+  return bytes;
+}
+
+void ResumeStore::bind(const Json& fingerprint) {
+  const std::string text = fingerprint.dump();
+  char hash[17];
+  std::snprintf(hash, sizeof hash, "%016llx",
+                static_cast<unsigned long long>(XXH3_64bits(text.data(), text.size())));
+  run_ = hash;
+}
+
+Json ResumeStore::binding(const std::string& what) const {
+  return {{"run", run_}, {"what", what}};
+}
+
+void ResumeStore::check(const Json& fingerprint) {
+  lock();
+  const std::string path = folder_ + kFingerprintFile;
   const Json stored = parse_json(read_text_file(path, kMaxFingerprintBytes), path);
   const auto mismatch = [&](const std::string& field) {
     throw Error(ErrorKind::kBadData, "resume data does not match: " + field, folder_,
                 "it was made with another model, other options or another calibration text",
                 "run with the original options, or without --resume to start again");
   };
+  if (!stored.is_object()) mismatch("fingerprint");
   for (const auto& item : fingerprint.items()) {
     if (!stored.contains(item.key()) || stored.at(item.key()) != item.value()) mismatch(item.key());
   }
   for (const auto& item : stored.items()) {
     if (!fingerprint.contains(item.key())) mismatch(item.key());
   }
+  bind(fingerprint);
 }
 
 void ResumeStore::create(const Json& fingerprint) {
-  remove();
-  std::error_code failure;
-  std::filesystem::create_directory(folder_, failure);
-  if (failure) {
-    throw Error(ErrorKind::kIo, "cannot create folder", folder_, failure.message());
-  }
-  write_text_file(folder_ + "/fingerprint.json", fingerprint.dump(2) + "\n");
+  lock();
+  remove_files();
+  write_text_file(folder_ + kFingerprintFile, fingerprint.dump(2) + "\n");
+  bind(fingerprint);
 }
 
-std::string ResumeStore::layer_path(int64_t layer) const {
+std::string ResumeStore::layer_name(int64_t layer) {
   char name[32];
   std::snprintf(name, sizeof name, "/layer-%05d.bin", static_cast<int>(layer));
-  return folder_ + name;
+  return name;
 }
 
 void ResumeStore::save(int64_t layer, const QuantizedLayer& result) const {
   LayerWriter writer;
-  Json json;
+  Json json = {{"binding", binding(layer_name(layer))}};
   json["attn_norm"] = writer.vector(result.layer.attn_norm);
   json["ffn_norm"] = writer.vector(result.layer.ffn_norm);
   json["q_norm"] = writer.vector(result.layer.q_norm);
@@ -262,12 +397,13 @@ void ResumeStore::save(int64_t layer, const QuantizedLayer& result) const {
   json["attn_skip"] = write_skip(writer, result.layer.attn_skip);
   json["ffn_skip"] = write_skip(writer, result.layer.ffn_skip);
   for (const LinearReport& report : result.reports) json["reports"].push_back(to_json(report));
-  write_text_file(layer_path(layer), framed(json, writer.arrays()));
+  writer.write(folder_ + layer_name(layer), json);
 }
 
 std::optional<QuantizedLayer> ResumeStore::load(int64_t layer, const Transform& down) const {
   std::optional<QuantizedLayer> result;
-  read_framed(layer_path(layer), [&](const Json& json, LayerReader& reader) {
+  const std::string name = layer_name(layer);
+  read_framed(folder_ + name, binding(name), [&](const Json& json, LayerReader& reader) {
     result = read_layer(json, reader, down);
   });
   return result;
@@ -275,7 +411,9 @@ std::optional<QuantizedLayer> ResumeStore::load(int64_t layer, const Transform& 
 
 void ResumeStore::save_learned(const LearnResult& learned) const {
   LayerWriter writer;
-  Json json = {{"losses", learned.losses}, {"orthogonality_error", learned.orthogonality_error}};
+  Json json = {{"binding", binding(kLearnedFile)},
+               {"losses", learned.losses},
+               {"orthogonality_error", learned.orthogonality_error}};
   json["residual"] = json["heads"] = json["branches"] = Json::array();
   for (const MatrixRM& m : learned.basis.residual) json["residual"].push_back(writer.matrix(m));
   for (const MatrixRM& m : learned.basis.heads) json["heads"].push_back(writer.matrix(m));
@@ -285,12 +423,14 @@ void ResumeStore::save_learned(const LearnResult& learned) const {
       json["branches"].push_back({a, writer.matrix(branch.b)});
     }
   }
-  write_text_file(folder_ + kLearnedFile, framed(json, writer.arrays()));
+  writer.write(folder_ + kLearnedFile, json);
+  remove_file(folder_ + kLearningFile);
 }
 
 std::optional<LearnResult> ResumeStore::load_learned() const {
   std::optional<LearnResult> result;
-  read_framed(folder_ + kLearnedFile, [&](const Json& json, LayerReader& reader) {
+  const std::string path = folder_ + kLearnedFile;
+  read_framed(path, binding(kLearnedFile), [&](const Json& json, LayerReader& reader) {
     result.emplace();
     result->losses = json.at("losses").get<std::vector<double>>();
     result->orthogonality_error = json.at("orthogonality_error").get<double>();
@@ -308,18 +448,55 @@ std::optional<LearnResult> ResumeStore::load_learned() const {
   return result;
 }
 
-void ResumeStore::remove() const {
+void ResumeStore::save_learning(const Transfer& transfer) const {
+  FramedFile file(folder_ + kLearningFile, {{"binding", binding(kLearningFile)}});
+  WritingArchive archive(file);
+  transfer(archive);
+  file.finish();
+}
+
+bool ResumeStore::check_learning() const {
+  return read_framed(folder_ + kLearningFile, binding(kLearningFile),
+                     [](const Json&, LayerReader&) {});
+}
+
+void ResumeStore::load_learning(const Transfer& transfer) const {
+  read_framed(folder_ + kLearningFile, binding(kLearningFile),
+              [&](const Json&, LayerReader& reader) {
+                ReadingArchive archive(reader);
+                transfer(archive);
+                if (reader.bytes_left() > 0) reader.damaged("it holds more than a state");
+              });
+}
+
+std::string ResumeStore::contents() const {
+  int64_t n_layers = 0;
+  bool learned = false, learning = false;
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(folder_, ignored)) {
+    const std::string name = entry.path().filename().string();
+    n_layers += name.starts_with("layer-") && name.ends_with(".bin");
+    learned = learned || name == kLearnedFile + 1;
+    learning = learning || name == kLearningFile + 1;
+  }
+  std::string text = learned ? "the learned basis" : learning ? "the basis as learned so far" : "";
+  if (n_layers == 0) return text;
+  return (learned ? text + " and " : "") +
+         (n_layers == 1 ? "1 finished layer" : std::to_string(n_layers) + " finished layers");
+}
+
+void ResumeStore::remove_files() const {
   // Only what we wrote: the folder's name is ours, but a user may have put something there. Also
   // without a fingerprint: layers left by a removal that was cut short must not look finished.
   std::error_code ignored;
   for (const auto& entry : std::filesystem::directory_iterator(folder_, ignored)) {
-    const std::string name = entry.path().filename().string();
-    if (name.starts_with("layer-") || name.starts_with("learned.bin") ||
-        name.starts_with("fingerprint.json")) {
-      std::error_code failure;
-      std::filesystem::remove(entry.path(), failure);
-    }
+    if (is_ours(entry.path().filename().string())) remove_file(entry.path().string());
   }
+}
+
+void ResumeStore::remove() const {
+  remove_files();
+  std::error_code ignored;
   std::filesystem::remove(folder_, ignored);  // fails, rightly, when something else is in it
 }
 

@@ -28,6 +28,8 @@ class SplitMix64 {
     const double radius = std::sqrt(-2.0 * std::log(1.0 - uniform()));
     return radius * std::cos(2.0 * std::numbers::pi * uniform());
   }
+  /// Where the stream stands: a generator with this state goes on alike.
+  uint64_t& state() { return state_; }
   int8_t sign() { return next() >> 63 ? int8_t{-1} : int8_t{1}; }
 
  private:

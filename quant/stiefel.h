@@ -93,6 +93,12 @@ class StiefelOptimizer {
   void set_lr(double lr) { descent_.set_lr(lr); }
   /// The first moment: tangent at x [n, p] if p < n, skew [n, n] if p = n. Empty before a step.
   const MatrixRM& momentum() { return descent_.momentum(); }
+  /// Everything but the options and the matrix that is moved (quant/archive.h).
+  template <typename Archive>
+  void transfer(Archive& archive) {
+    archive.value(steps_);
+    descent_.transfer(archive);
+  }
 
  private:
   void step_square(MatrixRM& x, const MatrixRM& d);

@@ -20,6 +20,7 @@
 #include "model/tq_file.h"
 #include "quant/pipeline.h"
 #include "quant/preflight.h"
+#include "quant/resume.h"
 #include "tokenizer/chat.h"
 #include "tools/calibration_text.h"
 #include "tools/commands.h"
@@ -356,6 +357,7 @@ void check_paths(const QuantizeArguments& args) {
   std::vector<std::string> inputs = model_files(args.folder);
   if (!args.calib.empty()) inputs.push_back(args.calib);
   check_output_path(args.output, inputs, args.force);
+  ResumeStore::refuse_second_run(args.output);
   if (args.report.empty()) return;
   check_output_path(args.report, inputs, true);
   if (std::filesystem::weakly_canonical(args.report) ==
@@ -378,7 +380,10 @@ void quantize(const QuantizeArguments& args) {
   }
   const QuantizePlan plan = make_plan(model, options, calibration ? calibration->n_tokens() : 0);
   const std::unique_ptr<Backend> backend = open_backend({args.device, options.threads});
-  check_disk_space(args.output, plan.output_bytes + plan.resume_bytes);
+  if (!args.dry_run) remove_leftovers(output_target(args.output, Replace::kAllowed));
+  // What an earlier run left is used again or removed: either way it is room.
+  const uint64_t needed = plan.output_bytes + plan.resume_bytes;
+  check_disk_space(args.output, needed - std::min(needed, ResumeStore::held_bytes(args.output)));
   check_memory(plan.memory_bytes);
   const uint64_t weights_hash = scan_weights(model, [&](const Matrix& m) {
     model.release(m);
@@ -391,6 +396,7 @@ void quantize(const QuantizeArguments& args) {
   QuantizeResult result;
   {
     Progress progress(args.quiet);
+    if (!args.quiet) print_notes(model);
     const QuantizeHooks hooks{
         [&](const std::string& sentence) { progress.note(sentence); },
         [&](int64_t layer, int64_t n, const char* name) { progress.step(layer, n, name); },
@@ -401,10 +407,18 @@ void quantize(const QuantizeArguments& args) {
         model.release,
         [&](const std::string& path) { try_finished_file(path, args.output, options.threads); }};
     result = quantize_model(model, options, calibration ? &*calibration : nullptr, weights_hash,
-                            *backend, args.output, args.resume, hooks);
+                            *backend, args.output, args.resume, hooks,
+                            args.force ? Replace::kAllowed : Replace::kNever);
   }
   const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-  if (!args.report.empty()) write_report(args.report, result, seconds);
+  if (!args.report.empty()) {
+    try {
+      write_report(args.report, result, seconds);
+    } catch (const Error& error) {
+      throw Error(ErrorKind::kIo, "report not written", args.report, error.what(),
+                  "the model " + args.output + " is complete");
+    }
+  }
   if (!args.quiet) print_summary(result, args.output, seconds);
 }
 
