@@ -197,7 +197,7 @@ TEST_F(TqFile, SameModelSameBytes) {
   EXPECT_EQ(read_bytes(path), read_bytes(dir / "again.tq"));
 }
 
-TEST_F(TqFile, VerifyFindsEveryFlippedByte) {
+TEST_F(TqFile, VerifyAndLoadFindEveryFlippedByte) {
   const std::string original = read_bytes(path);
   EXPECT_EQ(failure(path, true), "");
   std::fstream file(path, std::ios::binary | std::ios::in | std::ios::out);
@@ -207,6 +207,7 @@ TEST_F(TqFile, VerifyFindsEveryFlippedByte) {
   for (size_t i = 0; i < original.size(); ++i) {
     put(i, static_cast<char>(original[i] ^ (1 << (i % 8))));
     ASSERT_NE(failure(path, true), "") << "byte " << i;
+    ASSERT_NE(failure(path), "") << "byte " << i;
     put(i, original[i]);
   }
 }
@@ -389,8 +390,22 @@ TEST_F(TqFile, DamagedTensorIsNamed) {
       bytes.find(std::string(reinterpret_cast<const char*>(model.layers[0].w_up.weight.data), 64));
   bytes[offset + 5] ^= 1;
   write_bytes(path, bytes);
-  EXPECT_EQ(failure(path), "");  // load checks the structure, verify every byte
+  EXPECT_NE(failure(path).find("layers.0.w_up"), std::string::npos);
   EXPECT_NE(failure(path, true).find("layers.0.w_up"), std::string::npos);
+  load_tq_file(path, Verify::kTexts);  // who runs nothing, or counts milliseconds
+}
+
+TEST_F(TqFile, TextsAreCheckedByEveryLoad) {
+  std::string bytes = read_bytes(path);
+  bytes[bytes.find("\"rms_norm_eps\"") + 3] ^= 1;
+  write_bytes(path, bytes);
+  EXPECT_NE(failure(path).find("text.config"), std::string::npos);
+  try {
+    load_tq_file(path, Verify::kTexts);
+    ADD_FAILURE();
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("text.config"), std::string::npos) << error.what();
+  }
 }
 
 // A header whose checksums are right but whose content lies must still be refused, by name.
@@ -428,6 +443,9 @@ INSTANTIATE_TEST_SUITE_P(
         Lie{R"("kind":"hadamard")", R"("kind":"magic")", "unknown transform magic"},
         Lie{R"("branch_b":)", R"("branch_c":)", "unknown field"},
         Lie{R"("linears":)", R"("future":1,"linears":)", "unknown field"},
+        Lie{R"("linears":{)", R"("linears":{"layers.7.wq":{},)", "unknown field"},
+        Lie{R"("linears":{)", R"("linears":{"nothing":{},)", "unknown field"},
+        Lie{R"("name":"final_norm")", R"("future":1,"name":"final_norm")", "unknown field"},
         Lie{R"("layers.0.ffn_skip":)", R"("layers.1.ffn_skip":)", "unknown field"},
         Lie{R"("skips":{)", R"("skips":[],"skipped":{)", "unknown field"},
         Lie{R"("rows":3,"cols":64)", R"("rows":65,"cols":64)", "rows"},
