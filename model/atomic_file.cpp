@@ -95,6 +95,7 @@ void remove_unfinished_files() noexcept {
 
 std::string output_target(const std::string& path, Replace replace) {
   std::string target = path;
+  if (path.empty()) throw refused(path, "its name is empty", "name a file, for example model.tq");
   for (int n_links = 0; n_links < kMaxLinks; ++n_links) {
     struct statfs system = {};
     if (::statfs(folder_of(target).c_str(), &system) == 0 && system.f_type == PROC_SUPER_MAGIC) {

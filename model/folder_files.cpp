@@ -95,8 +95,13 @@ std::string listed(const std::vector<std::string>& names) {
 }  // namespace
 
 bool in_folder(const std::string& folder, const std::string& name) {
-  std::error_code ignored;
-  return fs::exists(fs::symlink_status(folder + "/" + name, ignored));
+  const std::string path = folder + "/" + name;
+  std::error_code failure;
+  const fs::file_status status = fs::symlink_status(path, failure);
+  if (status.type() == fs::file_type::none) {
+    throw Error(ErrorKind::kIo, "cannot examine file", path, failure.message());
+  }
+  return fs::exists(status);
 }
 
 std::string folder_text(const std::string& folder, const std::string& name, size_t max_bytes) {

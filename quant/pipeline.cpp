@@ -22,7 +22,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr Clock::duration kKeepEvery = std::chrono::seconds(5);  // of learning, at most
+constexpr Clock::duration kKeepEvery = std::chrono::seconds(1);  // of learning, at most
 
 std::string hex(uint64_t value) {
   char text[17];
@@ -112,7 +112,7 @@ class Pipeline {
                     "nothing was finished, and nothing is kept");
       }
       throw Error(ErrorKind::kInterrupted, "interrupted", "tq quantize",
-                  "in " + store_.folder() + ": " + kept, "continue with --resume");
+                  "kept in " + store_.folder() + ": " + kept, "continue with --resume");
     }
   }
 

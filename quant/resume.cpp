@@ -220,7 +220,8 @@ QuantizedLayer read_layer(const Json& json, LayerReader& reader, const Transform
 // `binding` is what the file must be about.
 template <typename Use>
 bool read_framed(const std::string& path, const Json& binding, const Use& use) {
-  if (!std::filesystem::exists(path)) return false;
+  std::error_code ignored;
+  if (!std::filesystem::exists(path, ignored)) return false;
   const MappedFile file(path);
   const std::string_view bytes(reinterpret_cast<const char*>(file.data()), file.size());
   constexpr size_t kPrefix = sizeof kMagic + sizeof(uint64_t);
@@ -298,7 +299,8 @@ ResumeStore::~ResumeStore() {
 }
 
 bool ResumeStore::exists() const {
-  return std::filesystem::exists(folder_ + kFingerprintFile);
+  std::error_code ignored;
+  return std::filesystem::exists(folder_ + kFingerprintFile, ignored);
 }
 
 // The folder may go between the steps of this: the run that had it was just finishing.
@@ -326,7 +328,8 @@ void ResumeStore::lock() {
 
 void ResumeStore::refuse_second_run(const std::string& output) {
   const std::string folder = output + ".resume";
-  if (std::filesystem::is_directory(folder)) ResumeStore(output).lock();
+  std::error_code ignored;
+  if (std::filesystem::is_directory(folder, ignored)) ResumeStore(output).lock();
 }
 
 uint64_t ResumeStore::held_bytes(const std::string& output) {

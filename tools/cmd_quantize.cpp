@@ -186,7 +186,7 @@ QuantizeOptions make_options(const QuantizeArguments& args, const Config& config
 }
 
 Model open_source(const std::string& folder) {
-  if (!std::filesystem::is_directory(folder) && looks_like_tq(folder)) {
+  if (looks_like_tq(folder)) {
     throw Error(ErrorKind::kBadData, "already quantized", folder, "it is a .tq file",
                 "give the original Hugging Face folder");
   }
@@ -360,8 +360,9 @@ void check_paths(const QuantizeArguments& args) {
   ResumeStore::refuse_second_run(args.output);
   if (args.report.empty()) return;
   check_output_path(args.report, inputs, true);
-  if (std::filesystem::weakly_canonical(args.report) ==
-      std::filesystem::weakly_canonical(args.output)) {
+  const std::string report = output_target(args.report, Replace::kAllowed);
+  if (std::filesystem::weakly_canonical(report) ==
+      std::filesystem::weakly_canonical(output_target(args.output, Replace::kAllowed))) {
     throw Error(ErrorKind::kIo, "cannot write output", args.report, "it is the output itself",
                 "choose another name for the report");
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <new>
 #include <string>
 #include <vector>
@@ -138,6 +139,10 @@ int main(int argc, char** argv) {
                  "tq: error: out of memory (host): an allocation failed; lower --ctx or "
                  "free memory\n");
     return static_cast<int>(tq::ErrorKind::kResource);
+  } catch (const std::filesystem::filesystem_error& error) {
+    std::fprintf(stderr, "tq: error: cannot examine path (%s): %s\n",
+                 tq::printable(error.path1().string()).c_str(), error.code().message().c_str());
+    return static_cast<int>(tq::ErrorKind::kIo);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "tq: error: internal error (tq): %s; please report it\n", error.what());
     return static_cast<int>(tq::ErrorKind::kInternal);
