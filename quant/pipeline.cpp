@@ -107,7 +107,6 @@ class Pipeline {
       if (error.kind() != ErrorKind::kInterrupted) throw;
       const std::string kept = keeps_results_ ? store_.contents() : "";
       if (kept.empty()) {
-        if (keeps_results_) store_.remove();
         throw Error(ErrorKind::kInterrupted, "interrupted", "tq quantize",
                     "nothing was finished, and nothing is kept");
       }

@@ -294,7 +294,11 @@ ResumeStore::ResumeStore(const std::string& output) : folder_(output + ".resume"
 
 ResumeStore::~ResumeStore() {
   if (fd_ < 0) return;
-  ::rmdir(folder_.c_str());  // fails, rightly, unless nothing was kept
+  try {
+    if (contents().empty()) remove();  // however the run ended
+  } catch (...) {
+    // Out of memory: then the folder stays.
+  }
   ::close(fd_);
 }
 

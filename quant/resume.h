@@ -21,7 +21,7 @@ class ResumeStore {
  public:
   /// `output` is the .tq being made; its resume folder is output + ".resume".
   explicit ResumeStore(const std::string& output);
-  ~ResumeStore();
+  ~ResumeStore();  // lets the folder go, and removes it if nothing was kept
   ResumeStore(const ResumeStore&) = delete;
   ResumeStore& operator=(const ResumeStore&) = delete;
   const std::string& folder() const { return folder_; }

@@ -440,8 +440,8 @@ TEST(Resume, ADamagedLayerIsReported) {
 
 TEST(Resume, SkipsAndRoundingOfInputsSurvive) {
   TempDir folder;
-  const ResumeStore store(folder / "m.tq");
-  ResumeStore(folder / "m.tq").create({{"seed", 1}});
+  ResumeStore store(folder / "m.tq");
+  store.create({{"seed", 1}});
   QuantizedLayer layer;
   layer.reports.resize(kNLinears);
   const std::vector<float> values = {1, -2, 3, 4, 5, 6};
@@ -460,10 +460,10 @@ TEST(Resume, SkipsAndRoundingOfInputsSurvive) {
 
 TEST(Resume, StartingAgainForgetsOldLayers) {
   TempDir folder;
-  const ResumeStore store(folder / "m.tq");
+  ResumeStore store(folder / "m.tq");
   std::filesystem::create_directory(store.folder());
   write_bytes(store.folder() + "/layer-00000.bin", "stale");  // and no fingerprint
-  ResumeStore(folder / "m.tq").create({{"seed", 1}});
+  store.create({{"seed", 1}});
   EXPECT_FALSE(store.load(0, {}).has_value());
 }
 

@@ -227,6 +227,16 @@ TEST(ResumeLock, ASecondRunIsRefusedByNameAndHarmsNothing) {
   EXPECT_EQ(runs.bytes(), expected);
 }
 
+TEST(ResumeLock, AFailureBeforeAnythingIsFinishedLeavesNothing) {
+  Runs runs(tiny_options("quarot"));
+  QuantizeHooks hooks;
+  hooks.progress = [&](int64_t, int64_t, const char*) {
+    throw Error(ErrorKind::kResource, "out of memory", "test", "no more");
+  };
+  expect_error(ErrorKind::kResource, {"no more"}, [&] { runs.run(false, hooks); });
+  EXPECT_TRUE(runs.left_nothing());
+}
+
 TEST(ResumeSpace, WhatAnEarlierRunHoldsIsCounted) {
   Runs runs(tiny_options("quarot"));
   EXPECT_EQ(ResumeStore::held_bytes(runs.output()), 0u);
