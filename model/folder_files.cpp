@@ -61,9 +61,9 @@ std::string weight_format(const std::string& name) {
   if (name.starts_with("adapter_model.")) return "";  // told with its config
   if (ends(".safetensors")) return "safetensors";
   if (ends(".gguf")) return "GGUF";
-  if (ends(".pth") || ends(".pt") || (ends(".bin") && name.starts_with("pytorch_model"))) {
-    return "PyTorch";
-  }
+  // Not what a training leaves beside its weights: optimizer.pt, rng_state.pth, training_args.bin.
+  const bool model = name.find("model") != std::string::npos || name.starts_with("consolidated");
+  if (model && (ends(".pth") || ends(".pt") || ends(".bin"))) return "PyTorch";
   if (name == "tf_model.h5") return "TensorFlow";
   if (name.starts_with("flax_model") && ends(".msgpack")) return "Flax";
   if (ends(".onnx")) return "ONNX";

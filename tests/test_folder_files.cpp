@@ -148,7 +148,9 @@ TEST(FolderFiles, WhatLiesBesideTheWeightsIsTold) {
   const std::string model = copy_model(dir);
   EXPECT_TRUE(load_hf_folder(model).notes.empty());
   write_bytes(model + "/README.md", "x");
-  write_bytes(model + "/training_args.bin", "x");
+  for (const char* name : {"training_args.bin", "optimizer.pt", "rng_state.pth"}) {
+    write_bytes(model + "/" + name, "x");
+  }
   EXPECT_TRUE(load_hf_folder(model).notes.empty());
   write_bytes(model + "/pytorch_model.bin", "x");
   write_bytes(model + "/other.safetensors", "x");
