@@ -11,6 +11,7 @@
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 #include "model/error.h"
+#include "model/memory.h"
 
 namespace tq {
 namespace {
@@ -153,6 +154,18 @@ std::unique_ptr<KvCache> CpuBackend::make_kv_cache(const Config& config, int64_t
 
 int64_t CpuBackend::kv_bytes(const Config& config, int64_t ctx, int kv_bits) const {
   return CpuKvCache::n_bytes(config, ctx, kv_bits);
+}
+
+// Of the widest linear: its transformed f32 inputs, their codes and scales, and a few rows of
+// weights a thread.
+double CpuBackend::scratch_bytes(const Config& config, int64_t rows) const {
+  const double widest =
+      static_cast<double>(std::max({config.dim, config.q_dim(), config.hidden_dim}));
+  return widest * static_cast<double>(8 * rows + 64 * n_threads_);
+}
+
+uint64_t CpuBackend::available_bytes() const {
+  return available_memory();
 }
 
 void CpuBackend::embed(const PreparedTable& table, std::span<const int32_t> tokens,

@@ -34,6 +34,8 @@ class CpuBackend : public Backend {
   std::unique_ptr<PreparedTransform> prepare_transform(const Transform& transform) override;
   std::unique_ptr<KvCache> make_kv_cache(const Config& config, int64_t ctx, int kv_bits) override;
   int64_t kv_bytes(const Config& config, int64_t ctx, int kv_bits) const override;
+  double scratch_bytes(const Config& config, int64_t rows) const override;
+  uint64_t available_bytes() const override;
 
   void embed(const PreparedTable& table, std::span<const int32_t> tokens, DeviceBuffer& x) override;
   void rms_norm(const DeviceBuffer& x, const DeviceBuffer& gain, float eps, int64_t rows,

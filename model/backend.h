@@ -73,6 +73,13 @@ class Backend {
   virtual std::unique_ptr<KvCache> make_kv_cache(const Config& config, int64_t ctx,
                                                  int kv_bits) = 0;
   virtual int64_t kv_bytes(const Config& config, int64_t ctx, int kv_bits) const = 0;
+  /// Memory that operations on `rows` tokens take beside their buffers, about.
+  virtual double scratch_bytes(const Config& config, int64_t rows) const {
+    return static_cast<void>(config), static_cast<void>(rows), 0;
+  }
+  /// Memory that can still be had, so that a session is refused before it allocates; a backend
+  /// whose alloc() fails when there is none may leave it at this.
+  virtual uint64_t available_bytes() const { return UINT64_MAX; }
 
   /// x[i, :] = table[tokens[i], :]
   virtual void embed(const PreparedTable& table, std::span<const int32_t> tokens,

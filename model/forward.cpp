@@ -12,6 +12,7 @@
 
 #include "model/error.h"
 #include "model/hadamard.h"
+#include "model/memory.h"
 
 namespace tq {
 namespace {
@@ -163,9 +164,38 @@ PreparedModel::PreparedModel(const Model& model, Backend& backend, LayerResidenc
   rope_.attention_factor = static_cast<float>(model.config.rope.attention_factor);
 }
 
+double session_bytes(const Backend& backend, const Config& config, const SessionOptions& options) {
+  const int64_t rows = std::min(options.chunk, options.ctx);
+  const auto floats = [](int64_t n_rows, std::initializer_list<int64_t> widths) {
+    double sum = 0;
+    for (int64_t width : widths) sum += static_cast<double>(width);
+    return 4 * sum * static_cast<double>(n_rows);
+  };
+  const double activations = floats(
+      rows, {4 * config.dim, 2 * config.q_dim(), 2 * config.kv_dim(), 2 * config.hidden_dim});
+  const double head = floats(std::min(kLogitRows, rows), {config.dim, 2 * config.vocab_size});
+  return activations + head + backend.scratch_bytes(config, rows) +
+         static_cast<double>(backend.kv_bytes(config, options.ctx, options.kv_bits));
+}
+
+namespace {
+
+const SessionOptions& checked_memory(const PreparedModel& model, const SessionOptions& options) {
+  const double needed = session_bytes(model.backend(), model.config(), options);
+  const double available = static_cast<double>(model.backend().available_bytes());
+  if (needed <= available) return options;
+  throw Error(ErrorKind::kResource, "not enough memory",
+              "context of " + std::to_string(options.ctx) + " tokens",
+              "activations and KV cache need " + gigabytes(needed) + ", " + gigabytes(available) +
+                  " are available",
+              "use a smaller --ctx or --kv-bits");
+}
+
+}  // namespace
+
 Session::Session(const PreparedModel& model, const SessionOptions& options)
     : model_(model),
-      options_(options),
+      options_(checked_memory(model, options)),
       acts_(model.backend(), model.config(), std::min(options.chunk, options.ctx)),
       cache_(model.backend().make_kv_cache(model.config(), options.ctx, options.kv_bits)) {
   const int64_t logit_rows = std::min(kLogitRows, acts_.max_rows);
@@ -207,6 +237,7 @@ void Session::run_chunk(std::span<const int32_t> tokens,
   const std::vector<PreparedLayer>& all = model_.layers_;
   for (int64_t layer = 0; layer < model_.config().n_layers; ++layer) {
     const size_t index = static_cast<size_t>(layer);
+    if (options_.stop) options_.stop();
     PreparedLayer made;
     if (all.empty()) made = prepare_layer(backend, model_.model().layers[index]);
     forward_layer(backend, model_.config(), all.empty() ? made : all[index], model_.rope_, *cache_,

@@ -88,11 +88,18 @@ struct SessionOptions {
   int kv_bits = 16;         // 32, 16, 8 or 4
   int64_t valid_vocab = 0;  // logits of ids from here on are -inf (padding rows); 0 = all valid
   int64_t chunk = 512;      // tokens per prefill step; does not change results
+  // Called before each layer of a step; what it throws ends the call, and the tokens of the step
+  // are not part of the timeline.
+  std::function<void()> stop;
 };
+
+/// Device memory that a session takes: activations, KV cache, scratch. Bytes, about.
+double session_bytes(const Backend& backend, const Config& config, const SessionOptions& options);
 
 /// One timeline. Not thread-safe.
 class Session {
  public:
+  /// Throws kResource, before anything is allocated, if the device has not enough memory.
   Session(const PreparedModel& model, const SessionOptions& options);
 
   /// Appends tokens and returns the logits after the last one, [vocab_size], valid until the next

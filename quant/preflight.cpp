@@ -11,10 +11,10 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
 
 #include "model/atomic_file.h"
 #include "model/error.h"
+#include "model/memory.h"
 #include "quant/learn.h"
 
 namespace tq {
@@ -31,12 +31,6 @@ std::string parent_folder(const std::string& path) {
   const size_t slash = path.find_last_of('/');
   if (slash == std::string::npos) return ".";
   return slash == 0 ? "/" : path.substr(0, slash);
-}
-
-std::string gigabytes(uint64_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f GB", static_cast<double>(bytes) / 1e9);
-  return text;
 }
 
 uint64_t table_size(int64_t vocab, int64_t dim, int bits, int64_t group) {
@@ -158,12 +152,6 @@ uint64_t estimate_memory(const QuantizeOptions& options, const Config& c, uint64
                                  kept + waiting + rounding, kept + refining, table});
 }
 
-uint64_t first_number(const char* path) {
-  std::ifstream file(path);
-  uint64_t value = 0;
-  return file >> value ? value : UINT64_MAX;
-}
-
 }  // namespace
 
 QuantizePlan make_plan(const Model& model, const QuantizeOptions& options, int64_t n_tokens) {
@@ -236,32 +224,17 @@ void check_disk_space(const std::string& output, uint64_t bytes) {
   const uint64_t free_bytes = static_cast<uint64_t>(info.f_bavail) * info.f_frsize;
   if (free_bytes < bytes) {
     throw Error(ErrorKind::kIo, "not enough disk space", folder,
-                "needs " + gigabytes(bytes) + ", " + gigabytes(free_bytes) + " are free");
+                "needs " + gigabytes(static_cast<double>(bytes)) + ", " +
+                    gigabytes(static_cast<double>(free_bytes)) + " are free");
   }
-}
-
-uint64_t available_memory() {
-  uint64_t available = UINT64_MAX;
-  std::ifstream file("/proc/meminfo");
-  std::string key, unit;
-  uint64_t kilobytes = 0;
-  while (file >> key >> kilobytes) {
-    if (key == "MemAvailable:") available = kilobytes * 1024;
-    std::getline(file, unit);
-  }
-  const uint64_t limit = first_number("/sys/fs/cgroup/memory.max");
-  const uint64_t used = first_number("/sys/fs/cgroup/memory.current");
-  if (limit != UINT64_MAX && used != UINT64_MAX) {
-    available = std::min(available, limit > used ? limit - used : 0);
-  }
-  return available;
 }
 
 void check_memory(uint64_t bytes) {
   const uint64_t available = available_memory();
   if (bytes <= available) return;
   throw Error(ErrorKind::kResource, "not enough memory", "host",
-              "needs about " + gigabytes(bytes) + ", " + gigabytes(available) + " are available",
+              "needs about " + gigabytes(static_cast<double>(bytes)) + ", " +
+                  gigabytes(static_cast<double>(available)) + " are available",
               "lower --calib-samples, or use --method quarot --rounding rtn");
 }
 

@@ -394,6 +394,7 @@ void quantize(const QuantizeArguments& args) {
     print_plan(plan, options, calibration ? &*calibration : nullptr, args.output);
     return;
   }
+  if (options.needs_calibration()) say_work_is_kept();
   QuantizeResult result;
   {
     Progress progress(args.quiet);

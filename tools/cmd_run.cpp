@@ -180,6 +180,7 @@ void run(const RunOptions& options) {
                                          [&](const std::string& piece) {
                                            if (!options.json) write_text(piece);
                                          });
+  if (result.ids.empty()) check_interrupted();  // no text has begun
   options.json ? write_json(run_json(result, sampling)) : write_stdout("\n");
   if (result.reason == FinishReason::kContextFull && !options.quiet) {
     std::fprintf(stderr, "tq: stopped: the context of %lld tokens is full\n",
@@ -269,12 +270,16 @@ void chat(const RunOptions& options) {
     write_stdout("\n");
     // On a terminal the first Ctrl-C ends the answer, at the next prompt it ends the conversation.
     if (result.reason == FinishReason::kInterrupted && !(reader.terminal() && forget_ctrl_c())) {
-      std::exit(130);
+      check_interrupted();
     }
     if (result.reason == FinishReason::kContextFull) {
       note("the answer ends here: the context of " + std::to_string(ctx) + " tokens is full");
     }
-    messages.push_back({"assistant", result.text});
+    if (result.reason == FinishReason::kInterrupted && result.ids.empty()) {
+      messages.pop_back();  // the turn was taken back before there was an answer
+    } else {
+      messages.push_back({"assistant", result.text});
+    }
     cached = ids;
     cached.insert(cached.end(), result.ids.begin(), result.ids.end());
     cached.resize(static_cast<size_t>(session.position()));

@@ -5,6 +5,8 @@
 #include <chrono>
 #include <random>
 
+#include "model/error.h"
+
 namespace tq {
 namespace {
 
@@ -113,7 +115,16 @@ GenerateResult generate(Session& session, const Tokenizer& tokenizer,
   };
 
   auto start = std::chrono::steady_clock::now();
-  std::span<const Candidate> candidates = session.feed_top(prompt, sampler.n_candidates());
+  std::span<const Candidate> candidates;
+  // What a signal stops in the middle is reported by the loop below.
+  const auto feed = [&](std::span<const int32_t> tokens) {
+    try {
+      candidates = session.feed_top(tokens, sampler.n_candidates());
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::kInterrupted) throw;
+    }
+  };
+  feed(prompt);
   result.prefill_seconds = seconds_since(start);
   start = std::chrono::steady_clock::now();
   while (true) {
@@ -141,9 +152,7 @@ GenerateResult generate(Session& session, const Tokenizer& tokenizer,
       result.reason = FinishReason::kContextFull;
       break;
     }
-    if (static_cast<int64_t>(result.ids.size()) < options.max_tokens) {
-      candidates = session.feed_top(std::span(&id, 1), sampler.n_candidates());
-    }
+    if (static_cast<int64_t>(result.ids.size()) < options.max_tokens) feed(std::span(&id, 1));
   }
   result.decode_seconds = seconds_since(start);
   if (result.reason != FinishReason::kStopText) {

@@ -7,19 +7,14 @@
 #include <cerrno>
 #include <charconv>
 #include <cmath>
-#include <csignal>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <iostream>
-#include <iterator>
 #include <utility>
 
 #ifdef TQ_WITH_CUDA
 #include "cuda/cuda_backend.h"
 #endif
-#include "model/atomic_file.h"
 #include "model/error.h"
 #include "tools/turn_reader.h"
 
@@ -31,17 +26,6 @@ constexpr size_t kMaxTextBytes = size_t{1} << 31;
 
 bool is_separator(char c) {
   return c == ',' || c == ' ' || c == '\t' || c == '\r' || c == '\n';
-}
-
-volatile std::sig_atomic_t g_signal = 0;
-
-void on_signal(int signal) {
-  if (g_signal) {
-    restore_terminal();
-    remove_unfinished_files();
-    std::_Exit(128 + signal);
-  }
-  g_signal = signal;
 }
 
 }  // namespace
@@ -119,6 +103,7 @@ SessionOptions default_session(const Model& model, const Backend& backend) {
   const bool quantized = model.quantization.value("method", "none") != "none";
   options.kv_bits = quantized || model.kv_bits < 16 ? model.kv_bits : 32;
   options.chunk = backend.step_rows();
+  options.stop = check_interrupted;
   return options;
 }
 
@@ -160,27 +145,6 @@ void write_stdout(std::string_view text) {
   if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
     throw Error(ErrorKind::kIo, "cannot write output", "stdout", std::strerror(errno));
   }
-}
-
-void install_signal_handler() {
-  struct sigaction action = {};
-  action.sa_handler = on_signal;
-  sigemptyset(&action.sa_mask);
-  for (int signal : {SIGINT, SIGTERM, SIGHUP}) sigaction(signal, &action, nullptr);
-}
-
-bool interrupted() {
-  return g_signal != 0;
-}
-
-bool forget_ctrl_c() {
-  if (g_signal != SIGINT) return false;
-  g_signal = 0;
-  return true;
-}
-
-void check_interrupted() {
-  if (interrupted()) throw Error(ErrorKind::kInterrupted, "interrupted", "signal", "stopped");
 }
 
 void write_text(std::string_view text) {
@@ -249,8 +213,17 @@ void print_notes(const Model& model) {
 
 std::string read_input_text(const std::string& path) {
   if (path != "-") return read_text_file(path, kMaxTextBytes, Accept::kPipesToo);
-  std::string text((std::istreambuf_iterator<char>(std::cin)), std::istreambuf_iterator<char>());
-  if (std::cin.bad()) throw Error(ErrorKind::kIo, "cannot read", "stdin", std::strerror(errno));
+  const EndsAtOnce waiting;
+  std::string text;
+  std::vector<char> block(size_t{1} << 16);
+  while (const size_t n = std::fread(block.data(), 1, block.size(), stdin)) {
+    if (n > kMaxTextBytes - text.size()) {
+      throw Error(ErrorKind::kBadData, "text too long", "stdin",
+                  "more than " + std::to_string(kMaxTextBytes) + " bytes");
+    }
+    text.append(block.data(), n);
+  }
+  if (std::ferror(stdin)) throw Error(ErrorKind::kIo, "cannot read", "stdin", std::strerror(errno));
   return text;
 }
 

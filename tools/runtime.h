@@ -9,6 +9,7 @@
 #include "cpu/cpu_backend.h"
 #include "model/forward.h"
 #include "tokenizer/tokenizer.h"
+#include "tools/last_resort.h"
 
 namespace tq {
 
@@ -61,15 +62,6 @@ void write_text(std::string_view text);
 void write_json(const Json& json, int indent = -1);
 /// One line for the user on stderr, `tq: SENTENCE`, with control characters escaped.
 void note(const std::string& sentence);
-
-/// Installs the SIGINT/SIGTERM handler; interrupted() turns true at the first signal, the second
-/// ends the process.
-void install_signal_handler();
-bool interrupted();
-/// Forgets a Ctrl-C, so that work may go on. False if the signal was another one.
-bool forget_ctrl_c();
-/// Throws kInterrupted if a signal arrived.
-void check_interrupted();
 
 /// Largest resident memory of this process so far, bytes.
 uint64_t peak_rss_bytes();

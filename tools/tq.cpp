@@ -5,6 +5,7 @@
 #include <exception>
 #include <filesystem>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -54,6 +55,15 @@ CLI::App* chosen_command(CLI::App& app) {
   return commands.empty() ? nullptr : commands.front();
 }
 
+constexpr const char* kNoMemory =
+    "out of memory (host): an allocation failed; lower --ctx or free memory";
+
+int fail(ErrorKind kind, const char* message) {
+  ignore_signals();
+  std::fprintf(stderr, "tq: error: %s\n", message);
+  return static_cast<int>(kind);
+}
+
 int usage_error(CLI::App& app, const CLI::ParseError& error) {
   CLI::App* command = chosen_command(app);
   std::string why = error.what();
@@ -80,8 +90,7 @@ int usage_error(CLI::App& app, const CLI::ParseError& error) {
   }
   const std::string where = command ? "tq " + command->get_name() : "tq";
   const Error line(ErrorKind::kUsage, "usage", where, why, hint);
-  std::fprintf(stderr, "tq: error: %s\n", line.what());
-  return static_cast<int>(ErrorKind::kUsage);
+  return fail(line.kind(), line.what());
 }
 
 int run(int argc, char** argv) {
@@ -128,23 +137,22 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
   tq::hold_standard_descriptors();
   tq::install_fatal_handlers();
+  tq::install_signal_handler();
   try {
-    tq::install_signal_handler();
     return tq::run(argc, argv);
   } catch (const tq::Error& error) {
-    std::fprintf(stderr, "tq: error: %s\n", error.what());
-    return static_cast<int>(error.kind());
+    return tq::fail(error.kind(), error.what());
   } catch (const std::bad_alloc&) {
-    std::fprintf(stderr,
-                 "tq: error: out of memory (host): an allocation failed; lower --ctx or "
-                 "free memory\n");
-    return static_cast<int>(tq::ErrorKind::kResource);
+    return tq::fail(tq::ErrorKind::kResource, tq::kNoMemory);
+  } catch (const std::length_error&) {  // a size beyond what any memory holds
+    return tq::fail(tq::ErrorKind::kResource, tq::kNoMemory);
   } catch (const std::filesystem::filesystem_error& error) {
-    std::fprintf(stderr, "tq: error: cannot examine path (%s): %s\n",
-                 tq::printable(error.path1().string()).c_str(), error.code().message().c_str());
-    return static_cast<int>(tq::ErrorKind::kIo);
+    const tq::Error line(tq::ErrorKind::kIo, "cannot examine path", error.path1().string(),
+                         error.code().message());
+    return tq::fail(line.kind(), line.what());
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "tq: error: internal error (tq): %s; please report it\n", error.what());
-    return static_cast<int>(tq::ErrorKind::kInternal);
+    const tq::Error line(tq::ErrorKind::kInternal, "internal error", "tq", error.what(),
+                         "please report it");
+    return tq::fail(line.kind(), line.what());
   }
 }
