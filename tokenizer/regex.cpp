@@ -74,6 +74,7 @@ void Regex::compile(const std::string& pattern) {
                                  &code, &offset, context.get());
   if (!compiled->code) {
     char reason[256] = "";
+    if (code == PCRE2_ERROR_HEAP_FAILED) throw std::bad_alloc();
     pcre2_get_error_message(code, reinterpret_cast<PCRE2_UCHAR*>(reason), sizeof reason);
     throw Error(ErrorKind::kBadData, "unsupported regular expression", where_,
                 std::string(reason) + " in '" + shown_ + "'");
@@ -134,6 +135,7 @@ bool Regex::match(std::string_view text, size_t at, RegexScratch& scratch, Span&
   if (result == PCRE2_ERROR_NOMATCH) return false;
   if (result < 0) {
     char reason[256] = "";
+    if (result == PCRE2_ERROR_NOMEMORY) throw std::bad_alloc();
     pcre2_get_error_message(result, reinterpret_cast<PCRE2_UCHAR*>(reason), sizeof reason);
     give_up(reason);
   }

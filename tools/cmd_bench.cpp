@@ -183,7 +183,7 @@ void bench(const BenchOptions& options) {
                   static_cast<long long>(time.calls));
     out += text;
   }
-  write_stdout(out);
+  write_result(out);
 }
 
 }  // namespace

@@ -165,14 +165,17 @@ void print_result(const Json& json, bool as_json) {
                 json["ppl"].get<double>(), json["ppl"].get<double>() * json["stderr"].get<double>(),
                 json["nll"].get<double>(), json["tokens"].get<long long>(),
                 json["windows"].get<long long>(), json["ctx"].get<long long>());
+  if (!json.contains("kl_mean")) {
+    write_result(line);
+    return;
+  }
   write_stdout(line);
-  if (!json.contains("kl_mean")) return;
   std::snprintf(line, sizeof line,
                 "KL to the reference: mean %.6f, median %.6f, p99 %.6f nats; top-1 agreement "
                 "%.3f %%\n",
                 json["kl_mean"].get<double>(), json["kl_median"].get<double>(),
                 json["kl_p99"].get<double>(), 100 * json["top1_agreement"].get<double>());
-  write_stdout(line);
+  write_result(line);
 }
 
 void eval_text(const EvalOptions& options) {
@@ -302,7 +305,7 @@ void print_task(const Json& json, bool as_json) {
     line += text;
     separator = ", ";
   }
-  write_stdout(line + "\n");
+  write_result(line + "\n");
 }
 
 void eval_task(const EvalOptions& options) {

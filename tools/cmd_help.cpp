@@ -80,13 +80,13 @@ void add_help_command(CLI::App& app) {
     if (!options->topic.empty() && !topic) {
       throw Error(ErrorKind::kUsage, "unknown command", "tq help", options->topic, "see tq --help");
     }
-    write_stdout(options->man ? man_page(app) : topic ? topic->help("tq") : app.help());
+    write_result(options->man ? man_page(app) : topic ? topic->help("tq") : app.help());
   });
 }
 
 void add_completion_command(CLI::App& app) {
   app.add_subcommand("completion", "the completion script for bash: source <(tq completion)")
-      ->callback([&app] { write_stdout(bash_completion(app)); });
+      ->callback([&app] { write_result(bash_completion(app)); });
 }
 
 }  // namespace tq

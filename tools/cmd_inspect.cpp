@@ -205,7 +205,7 @@ void print_summary(const Json& json) {
         tensor.value("rank", 0LL), tensor["bits_per_weight"].get<double>(), snr.c_str());
   }
   if (any_before) add("  %s\n", "* of the scales as rounded; refining them changed what is stored");
-  write_stdout(out);
+  write_result(out);
 }
 
 }  // namespace
@@ -237,7 +237,7 @@ void add_verify_command(CLI::App& app) {
   command->add_option("model", *path, ".tq file")->required();
   command->callback([path] {
     const int64_t count = verify_tq_file(*path);
-    write_stdout("ok: " + std::to_string(count) + " tensors of " + printable(*path) +
+    write_result("ok: " + std::to_string(count) + " tensors of " + printable(*path) +
                  " are as written\n");
   });
 }

@@ -181,7 +181,7 @@ void run(const RunOptions& options) {
                                            if (!options.json) write_text(piece);
                                          });
   if (result.ids.empty()) check_interrupted();  // no text has begun
-  options.json ? write_json(run_json(result, sampling)) : write_stdout("\n");
+  options.json ? write_json(run_json(result, sampling)) : write_result("\n");
   if (result.reason == FinishReason::kContextFull && !options.quiet) {
     std::fprintf(stderr, "tq: stopped: the context of %lld tokens is full\n",
                  static_cast<long long>(ctx));

@@ -37,7 +37,7 @@ void tokenize(const TokenizeOptions& options) {
   }
   std::string out;
   for (int32_t id : ids) out += std::to_string(id) + "\t" + printable(tokenizer.piece(id)) + "\n";
-  write_stdout(out);
+  write_result(out);
 }
 
 }  // namespace

@@ -28,6 +28,7 @@ volatile std::sig_atomic_t g_signal = 0;
 volatile std::sig_atomic_t g_ends_at_once = 0;
 // What end_interrupted() says; a literal.
 const char* volatile g_interrupted_line = "tq: error: interrupted (signal): stopped\n";
+std::atomic<bool> g_result_is_out{false};
 std::atomic_flag g_ending = ATOMIC_FLAG_INIT;
 
 // Only what a signal handler may call.
@@ -85,6 +86,7 @@ void on_signal(int signal) {
 // Called by operator new, in any thread, also where an exception could not leave (a destructor, a
 // noexcept function, a library that swallows it) and before main(). Unwinding would allocate again.
 [[noreturn]] void on_no_memory() {
+  if (g_result_is_out) ::_exit(0);
   end_now(ErrorKind::kResource,
           "tq: error: out of memory (host): an allocation failed; lower --ctx or free memory\n");
 }
@@ -141,6 +143,10 @@ void say_work_is_kept() {
   g_interrupted_line =
       "tq: error: interrupted (tq quantize): finished work is kept in OUTPUT.resume; continue with "
       "--resume\n";
+}
+
+void result_is_out() {
+  g_result_is_out = true;
 }
 
 void ignore_signals() {

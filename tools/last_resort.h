@@ -18,6 +18,8 @@ bool forget_ctrl_c();
 void check_interrupted();
 /// From now on the line of an interruption names --resume.
 void say_work_is_kept();
+/// From now on memory that runs out ends the process with exit code 0: the result is delivered.
+void result_is_out();
 /// From now on no signal ends the process: its last line is being printed.
 void ignore_signals();
 

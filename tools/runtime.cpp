@@ -154,11 +154,16 @@ void write_text(std::string_view text) {
 
 void write_json(const Json& json, int indent) {
   const bool terminal = ::isatty(STDOUT_FILENO) == 1;
-  write_stdout(json.dump(indent, ' ', terminal, Json::error_handler_t::replace) + "\n");
+  write_result(json.dump(indent, ' ', terminal, Json::error_handler_t::replace) + "\n");
 }
 
 void note(const std::string& sentence) {
   std::fprintf(stderr, "tq: %s\n", printable(sentence).c_str());
+}
+
+void write_result(std::string_view text) {
+  write_stdout(text);
+  result_is_out();
 }
 
 uint64_t peak_rss_bytes() {

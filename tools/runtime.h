@@ -63,6 +63,10 @@ void write_json(const Json& json, int indent = -1);
 /// One line for the user on stderr, `tq: SENTENCE`, with control characters escaped.
 void note(const std::string& sentence);
 
+/// The same, where it is the last of what a command has to say: what fails after it, while things
+/// are put away, is no failure of the command.
+void write_result(std::string_view text);
+
 /// Largest resident memory of this process so far, bytes.
 uint64_t peak_rss_bytes();
 

@@ -120,11 +120,11 @@ int run(int argc, char** argv) {
     }
     return 0;
   } catch (const CLI::CallForVersion& version) {
-    write_stdout(std::string(version.what()) + "\n");
+    write_result(std::string(version.what()) + "\n");
     return 0;
   } catch (const CLI::CallForHelp&) {
     CLI::App* command = chosen_command(app);
-    write_stdout(command ? command->help("tq") : app.help());
+    write_result(command ? command->help("tq") : app.help());
     return 0;
   } catch (const CLI::ParseError& error) {
     return usage_error(app, error);
