@@ -4,7 +4,7 @@
 # they need first (through sudo when you are not root).
 
 .DEFAULT_GOAL := build
-.PHONY: build deps test test-cuda bench-cuda demo demo-offline results asan debug format check clean help
+.PHONY: build deps test test-cuda bench-cuda demo demo-offline results asan fuzz faults debug format check clean help
 
 JOBS ?= $(shell nproc)
 
@@ -36,6 +36,20 @@ bench-cuda: build/release/build.ninja  ## time the CUDA kernels one by one, rewr
 asan: build/asan/build.ninja  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@cmake --build --preset asan --parallel $(JOBS)
 	@ctest --preset asan --parallel $(JOBS)
+
+SECONDS ?= 60
+fuzz:  ## fuzz every reader of untrusted files for SECONDS each (60), with Clang's libFuzzer
+	@tools/deps.sh fuzz
+	@$(MAKE) --no-print-directory build/fuzz/build.ninja
+	@cmake --build --preset fuzz --parallel $(JOBS) --target \
+	  $(patsubst tests/fuzz/%.cpp,%,$(wildcard tests/fuzz/fuzz_*.cpp))
+	@tests/fuzz/run.sh build/fuzz $(SECONDS)
+
+FAULTS := --tq build/release/tq --fixtures tests/fixtures
+faults: build/release/build.ninja  ## let every n-th call of the system fail, kill 200 runs (hours)
+	@cmake --build --preset release --parallel $(JOBS) --target tq faults
+	@tests/faults/kill.py $(FAULTS)
+	@tests/faults/inject.py $(FAULTS) --library build/release/libfaults.so $(ARGS)
 
 debug: build/debug/build.ninja  ## build build/debug/tq without optimisation
 	@cmake --build --preset debug --parallel $(JOBS)

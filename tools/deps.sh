@@ -13,6 +13,9 @@ packages=(
   clang-format python3 python3-venv ca-certificates     # checks, demo
 )
 
+# `make fuzz`, which nothing else needs.
+[[ ${1:-} == fuzz ]] && packages+=(clang libclang-rt-14-dev llvm)
+
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
   echo "deps: no apt-get here; install the equivalents of: ${packages[*]}" >&2
   exit 0
