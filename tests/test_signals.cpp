@@ -108,7 +108,7 @@ TEST(Signals, LearningAndRoundingStop) {
   Args args = slow_quantize(dir);
   std::replace(args.begin(), args.end(), std::string("gptq"), std::string("twinquant"));
   std::replace(args.begin(), args.end(), std::string("120"), std::string("4"));
-  args.insert(args.end(), {"--steps", "5000"});
+  args.insert(args.end(), {"--steps", "400"});
   Process process(args);
   ASSERT_TRUE(process.wait_for("tq: learning"));
   expect_interrupted(process, SIGINT, 50);

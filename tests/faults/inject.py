@@ -3,7 +3,7 @@
 
 For every command below and every kind of call: counts the calls of a run in which nothing fails,
 then lets each of them fail in a run of its own. Such a run either gives the very result, or ends
-with exit code 4 or 5, exactly one line `tq: error:`, nothing on stdout, no temporary file, and the
+with exit code 4 or 5 (or that of the refusal it was to word anyway), exactly one line `tq: error:`, nothing on stdout, no temporary file, and the
 file that was to be replaced as it was. `--every K` tries each K-th call only, beginning at a
 different one for every command; `make test` does that, `make faults` tries all.
 """
@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 
-KINDS = ["alloc", "write", "fsync", "rename", "close", "mmap", "thread", "open"]
+# memory: an allocation fails and all after it do too.
+KINDS = ["alloc", "memory", "write", "fsync", "rename", "close", "mmap", "thread", "open"]
 TEXT = "abc abd bca cab " * 40
 OLD = b"the old file"
 
@@ -23,9 +24,9 @@ OLD = b"the old file"
 class Case:
     """A command; OUT stands for the file that it writes."""
 
-    def __init__(self, name, args, stdin=b"", resume=False, from_tq=False):
+    def __init__(self, name, args, stdin=b"", resume=False, code=0):
         self.name, self.args, self.stdin = name, args, stdin
-        self.resume, self.from_tq = resume, from_tq
+        self.resume, self.code = resume, code
 
     def writes(self):
         return "OUT" in self.args
@@ -49,6 +50,10 @@ def make_cases():
         Case("tokenize", ["tokenize", "MODEL", "--file", "TEXT", "--json"]),
         Case("inspect", ["inspect", "TQ", "--json"]),
         Case("verify", ["verify", "TQ"]),
+        # What fails while a refusal is worded.
+        Case("usage", ["run", "MODEL", "x", "--tmep", "1"], code=2),
+        Case("bad", ["logits", "TEXT", "--ids", "1,2,3", "-o", "OUT"], code=3),
+        Case("absent", ["verify", "NOWHERE"], code=5),
     ]
 
 
@@ -73,7 +78,8 @@ class Tester:
                 file.write(OLD)
         if case.resume:
             shutil.copytree(self.prepared, out + ".resume")
-        words = {"MODEL": self.model, "TQ": self.file, "TEXT": self.text, "OUT": out}
+        words = {"MODEL": self.model, "TQ": self.file, "TEXT": self.text, "OUT": out,
+                 "NOWHERE": os.path.join(folder, "nothing.tq")}
         args = [words.get(arg, arg) for arg in case.args]
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
         if environment is not None:
@@ -113,12 +119,14 @@ class Tester:
         if any(".tmp-" in name for name in left):
             return f"temporary files: {left}"
         if done.returncode == 0:
+            if case.code != 0:
+                return "exit 0"
             if normalised(done.stdout) != normalised(expected[0].stdout):
                 return "exit 0, other output"
             if written != expected[1]:
                 return "exit 0, another file"
             return "exit 0 and an error line" if errors else None
-        if done.returncode not in (4, 5):
+        if done.returncode not in (4, 5, case.code):
             return f"exit {done.returncode}: {done.stderr[-300:]}"
         if len(errors) != 1 or lines[-2] != errors[0]:
             return f"exit {done.returncode}, {len(errors)} error lines: {done.stderr[-300:]}"
@@ -154,9 +162,10 @@ def main():
         if case.resume:
             tester.prepare_resume(case)
         expected = tester.run(case, os.path.join(tester.root, "plain"))
-        if expected[0].returncode != 0:
+        if expected[0].returncode != case.code:
             sys.exit(f"{case.name}: fails without a fault: {expected[0].stderr}")
-        for kind in options.kinds.split(","):
+        for name in options.kinds.split(","):
+            kind, lasting = ("alloc", True) if name == "memory" else (name, False)
             count = os.path.join(tester.root, "count")
             tester.run(case, os.path.join(tester.root, "counted"),
                        {"TQ_FAULT_KIND": kind, "TQ_FAULT_COUNT": count})
@@ -168,11 +177,13 @@ def main():
                 step = max(step, -(-n_calls // options.most))
             calls = range(1 + offset % step, n_calls + 1, step)
 
-            def one(n, kind=kind, case=case, expected=expected):
+            def one(n, kind=kind, lasting=lasting, case=case, expected=expected):
                 folder = os.path.join(tester.root, f"{kind}-{n}")
+                environment = {"TQ_FAULT_KIND": kind, "TQ_FAULT_FIRST": str(n)}
+                if lasting:
+                    environment["TQ_FAULT_LAST"] = str(10 ** 12)
                 try:
-                    result = tester.run(case, folder,
-                                        {"TQ_FAULT_KIND": kind, "TQ_FAULT_FIRST": str(n)})
+                    result = tester.run(case, folder, environment)
                 except subprocess.TimeoutExpired:
                     return n, "it hangs"
                 return n, tester.wrong(case, expected, result)
@@ -181,7 +192,7 @@ def main():
                 failures = [(n, why) for n, why in pool.map(one, calls) if why]
             n_runs += len(calls)
             n_wrong += len(failures)
-            print(f"{case.name:10} {kind:7} {n_calls:6} calls, {len(calls):6} runs, "
+            print(f"{case.name:10} {name:7} {n_calls:6} calls, {len(calls):6} runs, "
                   f"{len(failures)} wrong", flush=True)
             for n, why in failures[:20]:
                 print(f"    call {n}: {why}", flush=True)
