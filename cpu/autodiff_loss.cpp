@@ -41,6 +41,10 @@ Var sum_squares(const Var& x) {
   });
 }
 
+// Targets whose root mean square is below this count as if it were this: the gradient, about its
+// inverse, must stay inside f32.
+constexpr double kSmallestTarget = 1e-24;
+
 Var relative_error(const Var& y, const Var& target) {
   TQ_CHECK(y.shape() == target.shape() && !target.needs_gradient());
   const Shape shape = y.shape();
@@ -57,7 +61,8 @@ Var relative_error(const Var& y, const Var& target) {
       });
     };
     const double size = sum_rows([&](int64_t j) { return double{to[j]} * double{to[j]}; });
-    weights.push_back(size > 0 ? 1 / size : 1);
+    const double floor = kSmallestTarget * kSmallestTarget * static_cast<double>(shape.matrix());
+    weights.push_back(size > 0 ? 1 / std::max(size, floor) : 1);
     total += weights.back() * sum_rows([&](int64_t j) {
                const double difference = double{from[j]} - double{to[j]};
                return difference * difference;
@@ -68,12 +73,16 @@ Var relative_error(const Var& y, const Var& target) {
   return new_var(number(y.tape(), total), {&y, &target}, [=](Tensor gradient, Gradients& out) {
     const GradientTarget to = out.target(node);
     for (int64_t b = 0; b < shape.batch; ++b) {
-      const float factor =
-          static_cast<float>(2 * double{*gradient.data()} * weights[static_cast<size_t>(b)]);
+      const double wide = 2 * double{*gradient.data()} * weights[static_cast<size_t>(b)];
+      const float factor = static_cast<float>(wide);
+      // 1 / ||target||^2 of a small target is beyond f32 where the gradient is not.
+      const bool narrow = std::fabs(wide) < 0x1p100;
       const int64_t at = b * shape.matrix();
       parallel_ranges(out.tape(), shape.matrix(), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = at + begin; i < at + end; ++i) {
-          const float term = factor * (kept.data()[i] - kept_target.data()[i]);
+          const float difference = kept.data()[i] - kept_target.data()[i];
+          const float term =
+              narrow ? factor * difference : static_cast<float>(wide * double{difference});
           to.data[i] = to.accumulate ? to.data[i] + term : term;
         }
       });

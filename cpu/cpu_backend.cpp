@@ -283,6 +283,17 @@ void CpuBackend::add(DeviceBuffer& x, const DeviceBuffer& y, int64_t count) {
   parallel_ranges(threads_for(count), count, sum, kFlatChunk);
 }
 
+void CpuBackend::scale_columns(DeviceBuffer& x, int64_t rows, int64_t cols,
+                               const DeviceBuffer& factors) {
+  float* data = as_cpu(x).data();
+  const float* by = as_cpu(factors).data();
+  check_size(as_cpu(x), rows * cols);
+  check_size(as_cpu(factors), cols);
+  for_rows(rows, cols, [&](int64_t row, int) {
+    kernels_.scale_gain(data + row * cols, 1.0f, by, cols, data + row * cols);
+  });
+}
+
 void CpuBackend::transform(DeviceBuffer& x, int64_t rows, const PreparedTransform& basis,
                            bool inverse) {
   const CpuTransform& prepared = cast<const CpuTransform>(basis);

@@ -49,6 +49,8 @@ class CpuBackend : public Backend {
                  DeviceBuffer& out) override;
   void silu_mul(DeviceBuffer& gate, const DeviceBuffer& up, int64_t count) override;
   void add(DeviceBuffer& x, const DeviceBuffer& y, int64_t count) override;
+  void scale_columns(DeviceBuffer& x, int64_t rows, int64_t cols,
+                     const DeviceBuffer& factors) override;
   void transform(DeviceBuffer& x, int64_t rows, const PreparedTransform& basis,
                  bool inverse) override;
   void copy_rows(const DeviceBuffer& src, int64_t first_row, int64_t rows, int64_t cols,

@@ -231,6 +231,14 @@ class CudaBackend : public Backend {
     record_flat(OpKind::kAdd, x, y, count);
   }
 
+  void scale_columns(DeviceBuffer& x, int64_t rows, int64_t cols,
+                     const DeviceBuffer& factors) override {
+    Op op = make_op(OpKind::kScaleColumns, rows, cols);
+    op.out = data_of(x, rows * cols);
+    op.y = data_of(factors, cols);
+    if (rows > 0) queue_->record(op);
+  }
+
   void transform(DeviceBuffer& x, int64_t rows, const PreparedTransform& basis,
                  bool inverse) override {
     const CudaTransform& own = cast<const CudaTransform>(basis);

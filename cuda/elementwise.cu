@@ -1,5 +1,5 @@
 // elementwise - the operations without a reduction across a row, one thread an element or a pair:
-// embedding rows, sums, SwiGLU, copies, rope angles.
+// embedding rows, sums, factors of columns, SwiGLU, copies, rope angles.
 //
 // Memory    every input read once, every output written once -> DRAM
 // Error     equal to cpu/ops.cpp but for exp (2 ulp); tests/test_cuda_ops.cpp
@@ -37,6 +37,11 @@ __global__ void add_kernel(float* x, const float* y, int64_t count) {
   TQ_EACH(i, count) x[i] += y[i];
 }
 
+__global__ void scale_columns_kernel(float* x, const float* factors, int64_t cols, int64_t count) {
+  begin_kernel();
+  TQ_EACH(i, count) x[i] *= factors[i % cols];
+}
+
 __global__ void silu_mul_kernel(float* gate, const float* up, int64_t count) {
   begin_kernel();
   TQ_EACH(i, count) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
@@ -67,6 +72,13 @@ void launch_embed(const CanonicalView& table, const StepInput* input, int64_t ro
 
 void launch_add(float* x, const float* y, int64_t count, const Gpu& gpu) {
   launch_kernel(gpu, "add", add_kernel, grid_for(count), dim3(kThreads), 0, x, y, count);
+}
+
+void launch_scale_columns(float* x, const float* factors, int64_t rows, int64_t cols,
+                          const Gpu& gpu) {
+  const int64_t count = rows * cols;
+  launch_kernel(gpu, "scale_columns", scale_columns_kernel, grid_for(count), dim3(kThreads), 0, x,
+                factors, cols, count);
 }
 
 void launch_silu_mul(float* gate, const float* up, int64_t count, const Gpu& gpu) {

@@ -59,7 +59,8 @@ bool is_read(std::span<const Op> ops, const float* x, int64_t count) {
   const auto inside = [&](const float* at) { return at >= x && at < x + count; };
   for (const Op& op : ops) {
     const bool in_place = op.kind == OpKind::kRope || op.kind == OpKind::kSiluMul ||
-                          op.kind == OpKind::kAdd || op.kind == OpKind::kTransform;
+                          op.kind == OpKind::kAdd || op.kind == OpKind::kScaleColumns ||
+                          op.kind == OpKind::kTransform;
     if (inside(op.x) || inside(op.y) || inside(op.z) || (in_place && inside(op.out))) return true;
     if (op.kind == OpKind::kRmsNorm && op.out == x && op.rows * op.cols >= count) return false;
     for (int i = 0; i < op.n_linears; ++i) {
@@ -386,6 +387,9 @@ size_t Executor::run(std::span<const Op> ops, Arena arena) {
         break;
       case OpKind::kAdd:
         if (launching) launch_add(op.out, op.y, op.cols, gpu_);
+        break;
+      case OpKind::kScaleColumns:
+        if (launching) launch_scale_columns(op.out, op.y, op.rows, op.cols, gpu_);
         break;
       case OpKind::kCopyRows:
         if (launching) launch_copy(op.x, op.out, op.rows * op.cols, gpu_);

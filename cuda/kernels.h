@@ -88,6 +88,8 @@ double measure_read_bandwidth(const Gpu& gpu);
 void launch_embed(const CanonicalView& table, const StepInput* input, int64_t rows, float* x,
                   const Gpu& gpu);
 void launch_add(float* x, const float* y, int64_t count, const Gpu& gpu);
+void launch_scale_columns(float* x, const float* factors, int64_t rows, int64_t cols,
+                          const Gpu& gpu);
 void launch_silu_mul(float* gate, const float* up, int64_t count, const Gpu& gpu);
 void launch_copy(const float* from, float* to, int64_t count, const Gpu& gpu);
 

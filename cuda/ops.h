@@ -20,6 +20,7 @@ enum class OpKind : int32_t {
   kAttention,
   kSiluMul,
   kAdd,
+  kScaleColumns,
   kTransform,
   kCopyRows,
   kTop
@@ -31,10 +32,11 @@ constexpr int kMaxLinears = 4;
 struct Op {
   OpKind kind;
   int32_t n_linears;  // linears
-  int64_t rows,
-      cols;  // rms_norm, linears (in_dim), silu_mul, add (cols = count), copy_rows, top (cols = n)
+  // rms_norm, linears (in_dim), silu_mul, add (cols = count), scale_columns, copy_rows, top
+  // (cols = n)
+  int64_t rows, cols;
   const float* x;                                // first input: x, q, src
-  const float* y;                                // second input: gain, up, y, k
+  const float* y;                                // second input: gain, up, y, k, factors
   const float* z;                                // third: v
   float* out;                                    // out, in place where the operation is
   const void* object;                            // table, transform, cache, rope angles

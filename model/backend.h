@@ -106,6 +106,9 @@ class Backend {
   virtual void silu_mul(DeviceBuffer& gate, const DeviceBuffer& up, int64_t count) = 0;
   /// x[i] += y[i]
   virtual void add(DeviceBuffer& x, const DeviceBuffer& y, int64_t count) = 0;
+  /// x[i, j] *= factors[j], in place. Only for models whose numbers would leave f16's range.
+  virtual void scale_columns(DeviceBuffer& x, int64_t rows, int64_t cols,
+                             const DeviceBuffer& factors) = 0;
   /// x <- transform(x), or its inverse, row by row, in place.
   virtual void transform(DeviceBuffer& x, int64_t rows, const PreparedTransform& basis,
                          bool inverse) = 0;

@@ -12,6 +12,7 @@
 
 #include "model/error.h"
 #include "model/hadamard.h"
+#include "model/kv_range.h"
 #include "model/memory.h"
 
 namespace tq {
@@ -33,6 +34,12 @@ void run_linears(Backend& backend, std::initializer_list<const PreparedLinear*> 
   backend.linears({weights.begin(), weights.size()}, x, rows, {out.begin(), out.size()});
 }
 
+// x <- x diag(factors), if there are any.
+void multiply(Backend& backend, const BufferPtr& factors, DeviceBuffer& x, int64_t rows,
+              int64_t cols) {
+  if (factors) backend.scale_columns(x, rows, cols, *factors);
+}
+
 PreparedSkip prepare_skip(Backend& backend, const std::optional<LowRankStep>& skip) {
   PreparedSkip prepared;
   if (!skip) return prepared;
@@ -42,6 +49,40 @@ PreparedSkip prepare_skip(Backend& backend, const std::optional<LowRankStep>& sk
   linear.weight = skip->b;
   prepared.b = backend.prepare(linear);
   return prepared;
+}
+
+// 2^(exponents + more); null if there are none. `exponents`: [size] or null, `more`: [size] or empty.
+BufferPtr upload_factors(Backend& backend, const int8_t* exponents, const std::vector<int>& more,
+                         int64_t size) {
+  if (!exponents && more.empty()) return nullptr;
+  std::vector<float> factors(static_cast<size_t>(size));
+  for (size_t i = 0; i < factors.size(); ++i) {
+    const int sum = (exponents ? exponents[i] : 0) + (more.empty() ? 0 : more[i]);
+    factors[i] = std::ldexp(1.0f, std::clamp(sum, kMinExponent, kMaxExponent));
+  }
+  return upload_vector(backend, factors);
+}
+
+void prepare_factors(Backend& backend, const Layer& layer, const KvExponents& kv,
+                     PreparedLayer& prepared) {
+  // A norm behind wq and wk would undo what is done before it: its gain takes the power of two.
+  const bool normed = !layer.q_norm.empty();
+  const auto gain = [&](std::vector<float> values, const std::vector<int>& exponents) {
+    for (float& value : values) value = exponents.empty() ? value : std::ldexp(value, exponents[0]);
+    return upload_vector(backend, values);
+  };
+  prepared.q_norm = gain(layer.q_norm, kv.q);
+  prepared.k_norm = gain(layer.k_norm, kv.k);
+  const std::vector<int> none;
+  for (size_t i = 0; i < std::size(kLayerLinears); ++i) {
+    const Linear& linear = layer.*kLayerLinears[i].member;
+    const std::vector<int>& more = i == 0 && !normed   ? kv.q
+                                   : i == 1 && !normed ? kv.k
+                                   : i == 2            ? kv.v
+                                                       : none;
+    prepared.factors[i] = upload_factors(backend, linear.exponents, more, linear.out_dim());
+  }
+  prepared.attn_factors = upload_factors(backend, nullptr, kv.out, layer.wo.in_dim());
 }
 
 bool all_finite(std::span<const float> values) {
@@ -62,12 +103,11 @@ void run_skip(Backend& backend, const PreparedSkip& skip, int64_t rows, int64_t 
 
 }  // namespace
 
-PreparedLayer prepare_layer(Backend& backend, const Layer& layer) {
+PreparedLayer prepare_layer(Backend& backend, const Config& config, const Layer& layer) {
   PreparedLayer prepared;
   prepared.attn_norm = upload_vector(backend, layer.attn_norm);
   prepared.ffn_norm = upload_vector(backend, layer.ffn_norm);
-  prepared.q_norm = upload_vector(backend, layer.q_norm);
-  prepared.k_norm = upload_vector(backend, layer.k_norm);
+  prepare_factors(backend, layer, kv_exponents(config, layer), prepared);
   prepared.wq = backend.prepare(layer.wq);
   prepared.wk = backend.prepare(layer.wk);
   prepared.wv = backend.prepare(layer.wv);
@@ -108,6 +148,9 @@ void forward_layer(Backend& backend, const Config& config, const PreparedLayer& 
   if (tap) tap(Site::kAttnIn, *acts.x_norm, rows, config.dim);
   run_linears(backend, {layer.wq.get(), layer.wk.get(), layer.wv.get()}, *acts.x_norm, rows,
               {acts.q.get(), acts.k.get(), acts.v.get()});
+  multiply(backend, layer.factors[0], *acts.q, rows, config.q_dim());
+  multiply(backend, layer.factors[1], *acts.k, rows, config.kv_dim());
+  multiply(backend, layer.factors[2], *acts.v, rows, config.kv_dim());
   if (config.has_qk_norm()) {
     // Qwen3 normalises every head by itself, before the rotation.
     backend.rms_norm(*acts.q, *layer.q_norm, config.norm_eps, rows * config.n_heads,
@@ -123,8 +166,10 @@ void forward_layer(Backend& backend, const Config& config, const PreparedLayer& 
   }
   backend.attention(*acts.q, *acts.k, *acts.v, config, cache, layer_index, pos0, rows,
                     *acts.attn_out);
+  multiply(backend, layer.attn_factors, *acts.attn_out, rows, config.q_dim());
   if (tap) tap(Site::kAttnOut, *acts.attn_out, rows, config.q_dim());
   run_linears(backend, {layer.wo.get()}, *acts.attn_out, rows, {acts.proj.get()});
+  multiply(backend, layer.factors[3], *acts.proj, rows, config.dim);
   run_skip(backend, layer.attn_skip, rows, config.dim, acts);
   backend.add(*acts.x, *acts.proj, rows * config.dim);
 
@@ -133,9 +178,12 @@ void forward_layer(Backend& backend, const Config& config, const PreparedLayer& 
   if (tap) tap(Site::kFfnIn, *acts.x_norm, rows, config.dim);
   run_linears(backend, {layer.w_gate.get(), layer.w_up.get()}, *acts.x_norm, rows,
               {acts.gate.get(), acts.up.get()});
+  multiply(backend, layer.factors[4], *acts.gate, rows, config.hidden_dim);
+  multiply(backend, layer.factors[5], *acts.up, rows, config.hidden_dim);
   backend.silu_mul(*acts.gate, *acts.up, rows * config.hidden_dim);
   if (tap) tap(Site::kFfnMid, *acts.gate, rows, config.hidden_dim);
   run_linears(backend, {layer.w_down.get()}, *acts.gate, rows, {acts.proj.get()});
+  multiply(backend, layer.factors[6], *acts.proj, rows, config.dim);
   run_skip(backend, layer.ffn_skip, rows, config.dim, acts);
   backend.add(*acts.x, *acts.proj, rows * config.dim);
 }
@@ -158,7 +206,7 @@ PreparedModel::PreparedModel(const Model& model, Backend& backend, LayerResidenc
   key_basis_ = backend.prepare_transform(key_basis);
   if (residence == LayerResidence::kAll) {
     layers_.reserve(model.layers.size());
-    for (const Layer& layer : model.layers) layers_.push_back(prepare_layer(backend, layer));
+    for (const Layer& layer : model.layers) layers_.push_back(prepare_layer(backend, model.config, layer));
   }
   rope_.inv_freq = rope_inv_freq(model.config.rope, model.config.head_dim);
   rope_.attention_factor = static_cast<float>(model.config.rope.attention_factor);
@@ -239,7 +287,7 @@ void Session::run_chunk(std::span<const int32_t> tokens,
     const size_t index = static_cast<size_t>(layer);
     if (options_.stop) options_.stop();
     PreparedLayer made;
-    if (all.empty()) made = prepare_layer(backend, model_.model().layers[index]);
+    if (all.empty()) made = prepare_layer(backend, model_.config(), model_.model().layers[index]);
     forward_layer(backend, model_.config(), all.empty() ? made : all[index], model_.rope_, *cache_,
                   layer, position(), rows, acts_, nullptr,
                   options_.kv_bits < 16 ? model_.key_basis_.get() : nullptr);

@@ -26,8 +26,11 @@ struct PreparedLayer {
   BufferPtr q_norm, k_norm;       // [head_dim] or null
   std::unique_ptr<PreparedLinear> wq, wk, wv, wo, w_gate, w_up, w_down;
   PreparedSkip attn_skip, ffn_skip;
+  /// Powers of two that the outputs of the linears (in the order of kLayerLinears) and of attention
+  /// are multiplied by, where numbers would leave f16's range; null: none, as in ordinary models.
+  BufferPtr factors[7], attn_factors;
 };
-PreparedLayer prepare_layer(Backend& backend, const Layer& layer);
+PreparedLayer prepare_layer(Backend& backend, const Config& config, const Layer& layer);
 
 /// Scratch activations for up to `max_rows` tokens, f32.
 struct Activations {

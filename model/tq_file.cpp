@@ -104,8 +104,15 @@ void TqWriter::add_linear(const std::string& name, const Linear& linear, bool ti
     if (group != 32 && group != 64 && group != 128) version_ = std::max(version_, 3u);
     if (linear.act.two_level) {
       json["act"]["two_level"] = true;
-      version_ = 4;
+      version_ = std::max(version_, 4u);
     }
+  }
+  if (linear.exponents) {
+    json["exponents"] = true;
+    const size_t n = static_cast<size_t>(linear.out_dim());
+    add(name + ".exponents", "I8", {linear.out_dim()},
+        std::as_bytes(std::span(linear.exponents, n)));
+    version_ = std::max(version_, 5u);
   }
   linears_[name] = std::move(json);
 }

@@ -15,7 +15,7 @@
 
 namespace tq {
 
-constexpr uint32_t kTqFormatVersion = 4;  // the newest; all versions from 1 on are read
+constexpr uint32_t kTqFormatVersion = 5;  // the newest; all versions from 1 on are read
 
 /// True if the file starts with the .tq magic.
 bool looks_like_tq(const std::string& path);

@@ -362,7 +362,7 @@ class Reader {
 
   Linear linear(const std::string& name, int64_t out, int64_t in) {
     const Json& json = linear_json(name);
-    only_keys(json, name, {"weight", "branch_a", "branch_b", "input", "act"});
+    only_keys(json, name, {"weight", "branch_a", "branch_b", "input", "act", "exponents"});
     Linear linear;
     linear.weight = matrix(require(json, "weight", path_), name, out, in);
     if (json.contains("branch_a") != json.contains("branch_b")) {
@@ -379,7 +379,21 @@ class Reader {
     }
     if (json.contains("input")) linear.input = transform(json["input"], name + ".input", in);
     linear.act = act(require(json, "act", path_), name, in);
+    if (optional_bool(json, "exponents", false, path_)) linear.exponents = exponents(name, out);
     return linear;
+  }
+
+  const int8_t* exponents(const std::string& name, int64_t out) {
+    if (name == "lm_head") throw bad(path_, "lm_head: exponents are for the linears of layers");
+    const TqTensor& found = tensor(name + ".exponents", "I8", {out});
+    const int8_t* values = reinterpret_cast<const int8_t*>(file_.data() + found.offset);
+    for (int64_t i = 0; i < out; ++i) {
+      if (values[i] < kMinExponent) {
+        throw bad(path_, name + ".exponents: element " + std::to_string(i) + " is " +
+                             std::to_string(values[i]) + ", below " + std::to_string(kMinExponent));
+      }
+    }
+    return values;
   }
 
   ActQuant act(const Json& json, const std::string& name, int64_t cols) {

@@ -51,6 +51,7 @@ ActQuant ActQuant::narrow(int64_t rank, int64_t b_group) const {
 size_t Linear::n_bytes() const {
   size_t bytes = weight.n_bytes();
   if (branch_a) bytes += branch_a->n_bytes() + branch_b->n_bytes();
+  if (exponents) bytes += static_cast<size_t>(out_dim());
   return bytes;
 }
 

@@ -70,6 +70,9 @@ struct Transform {
   bool active() const { return kind != Kind::kNone; }
 };
 
+/// Exponents whose power of two is a normal f32.
+constexpr int kMinExponent = -126, kMaxExponent = 127;
+
 /// How the input of a linear is rounded at run time, per token and group of columns: to scale *
 /// code. bits = 16 means not rounded (f32 is used).
 struct ActQuant {
@@ -88,7 +91,7 @@ struct ActQuant {
   bool operator==(const ActQuant&) const = default;
 };
 
-/// y[n, out] = x' R^T (+ (x' A^T) B^T), where x' = round(transform(x)).
+/// y[n, out] = (x' R^T (+ (x' A^T) B^T)) diag(2^exponents), where x' = round(transform(x)).
 struct Linear {
   Matrix weight;                   // W [out, in], or the residual R when a branch exists
   std::optional<Matrix> branch_a;  // A [rank, in], "down"
@@ -96,10 +99,13 @@ struct Linear {
   Transform input;                 // online transform of x
   ActQuant act;                    // rounding of x (both components read the rounded x when
                                    // the branch is packed; a dense branch reads x unrounded)
+  // [out], kMinExponent .. kMaxExponent: the power of two that was taken out of each row, because
+  // f16 scales could not hold it; null: none, as in all ordinary models.
+  const int8_t* exponents = nullptr;
   int64_t out_dim() const { return weight.rows; }
   int64_t in_dim() const { return weight.cols; }
   int64_t rank() const { return branch_a ? branch_a->rows : 0; }
-  size_t n_bytes() const;  // weight and branch
+  size_t n_bytes() const;  // weight, branch and exponents
 };
 
 /// A step of the residual stream: x <- x + (x A^T) B^T, nothing rounded. Where each block has a

@@ -7,6 +7,7 @@
 #include "quant/eigen.h"
 #include "quant/gl.h"
 #include "quant/learned_basis.h"
+#include "quant/magnitude.h"
 #include "quant/product.h"
 #include "quant/rng.h"
 #include "quant/rounding.h"
@@ -64,8 +65,10 @@ void balance_branch(LowRank& factors, const MatrixRM& narrow, int threads) {
   factors.b = to_float(to_double(factors.b) * g.inverse());
 }
 
-FittedBranch round_branch(const LowRank& factors, const FloatMatrix& target, const SiteStats& stats,
+FittedBranch round_branch(const LowRank& given, const FloatMatrix& target, const SiteStats& stats,
                           const GptqFactor& factor, const BranchSpec& spec) {
+  LowRank factors = given;
+  balance_powers(factors);
   FittedBranch result;
   const RoundingSpec rounding{spec.bits, spec.group, spec.two_level};
   result.a = round_matrix(factors.a, rounding, &factor, spec.threads).matrix;

@@ -96,7 +96,7 @@ CalibrationStream::CalibrationStream(const Model& model, const Calibration& cali
 
 void CalibrationStream::run_layer(const Layer& layer, const Sink& sink,
                                   const std::function<void()>& stop) {
-  const PreparedLayer prepared = prepare_layer(backend_, layer);
+  const PreparedLayer prepared = prepare_layer(backend_, config_, layer);
   const Transform& down = layer.w_down.input;
   const auto down_transform = down.active() ? backend_.prepare_transform(down) : nullptr;
   const LayerTap tap = [&](Site site, const DeviceBuffer& x, int64_t rows, int64_t cols) {

@@ -13,7 +13,7 @@ namespace {
 
 // Added to the moments of a branch, relative to their mean eigenvalue. It bounds the condition of
 // S by 1e6 times that of the other moment; a direction that carries less is noise to 4 bits.
-constexpr double kMomentRidge = 1e-6;
+constexpr double kMomentRidge = 1e-6, kSmallestMoment = 1e-30;
 
 MatrixRM symmetric_part(const MatrixRM& m) {
   return 0.5 * (m + m.transpose());
@@ -44,7 +44,8 @@ void check_options(const MatrixRM& g, const GaugeOptions& options) {
 MatrixRM regularised(const MatrixRM& moment) {
   const int64_t r = moment.rows();
   const double mean = moment.trace() / static_cast<double>(r);
-  if (!(mean > 0)) return MatrixRM::Identity(r, r);  // an empty branch: any basis will do
+  // An empty branch, or one that says as little: moments are sums in f32, noise down there.
+  if (!(mean > kSmallestMoment)) return MatrixRM::Identity(r, r);
   return symmetric_part(moment) + kMomentRidge * mean * MatrixRM::Identity(r, r);
 }
 

@@ -10,6 +10,7 @@
 #include "model/error.h"
 #include "quant/branch.h"
 #include "quant/gl.h"
+#include "quant/magnitude.h"
 #include "quant/objective.h"
 #include "quant/rng.h"
 #include "quant/stiefel.h"
@@ -237,6 +238,7 @@ class Learner {
     FloatLayer layer = load_float_layer(inputs_.model, index, options_.threads);
     if (hooks_.loaded) hooks_.loaded(index);
     fold_norm_gains(layer, options_.threads);
+    take_out_powers(layer, options_.threads);
     transform_rows(layer.linears[kWDown], inputs_.down, 1, options_.threads);
     return layer;
   }
@@ -421,6 +423,7 @@ InputBank::InputBank(const Model& model, const Calibration& calibration, const T
     progress(index);
     FloatLayer layer = load_float_layer(model, index, threads);
     fold_norm_gains(layer, threads);
+    take_out_powers(layer, threads);
     transform_rows(layer.linears[kWDown], down, 1, threads);
     layer.down_input = down;
     inputs_.emplace_back();

@@ -1,6 +1,7 @@
 // owned - storage of quantizer results. Plain bookkeeping; see owned.h.
 #include "quant/owned.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/parallel.h"
@@ -26,6 +27,7 @@ Linear OwnedLinear::view() const {
   if (branch_b) linear.branch_b = branch_b->view();
   linear.input = input;
   linear.act = act;
+  if (!exponents.empty()) linear.exponents = exponents.data();
   return linear;
 }
 
@@ -33,7 +35,7 @@ size_t OwnedLinear::n_bytes() const {
   size_t bytes = weight.n_bytes();
   if (branch_a) bytes += branch_a->n_bytes();
   if (branch_b) bytes += branch_b->n_bytes();
-  return bytes;
+  return bytes + exponents.size();
 }
 
 Layer OwnedLayer::view() const {
@@ -63,6 +65,8 @@ Layer FloatLayer::view() const {
     linear.weight.rows = source.rows;
     linear.weight.cols = source.cols;
     linear.weight.data = reinterpret_cast<const std::byte*>(source.data.data());
+    const std::vector<int8_t>& powers = exponents[static_cast<size_t>(i)];
+    if (!powers.empty()) linear.exponents = powers.data();
   }
   layer.w_down.input = down_input;
   if (attn_skip) layer.attn_skip = attn_skip->view();
@@ -116,11 +120,20 @@ OwnedMatrix store_dense(std::span<const float> values, int64_t rows, int64_t col
 }
 
 Storage choose_16_bit(std::span<const float> values) {
-  // 65520 is the first value that rounds to infinity in f16 (largest finite 65504, half a step up).
-  for (float value : values) {
-    if (!(std::fabs(value) < 65520.0f)) return Storage::kBF16;
+  // Below 2^-14 f16 is off by up to 2^-25: by 2^-9 of 2^-16, as bf16 is of everything. The limits
+  // above are the first values that round to infinity: half a step beyond the largest finite one.
+  constexpr size_t kStretch = 64;
+  Storage storage = Storage::kF16;
+  for (size_t begin = 0; begin < values.size(); begin += kStretch) {
+    float largest = 0;
+    for (float value : values.subspan(begin, std::min(kStretch, values.size() - begin))) {
+      largest = std::max(largest, std::fabs(value));
+    }
+    if (largest == 0) continue;
+    if (!(largest < 0x1.FFp127f) || largest < 0x1p-126f) return Storage::kF32;
+    if (!(largest < 65520.0f) || largest < 0x1p-16f) storage = Storage::kBF16;
   }
-  return Storage::kF16;
+  return storage;
 }
 
 }  // namespace tq

@@ -32,6 +32,7 @@ struct OwnedLinear {
   std::optional<OwnedMatrix> branch_a, branch_b;
   Transform input;
   ActQuant act;
+  std::vector<int8_t> exponents;  // [out] or empty: Linear::exponents
 
   Linear view() const;
   size_t n_bytes() const;
@@ -69,6 +70,9 @@ struct FloatLayer {
   std::array<FloatMatrix, kNLinears> linears;
   Transform down_input;  // online transform before w_down; its weight is already folded
   std::optional<OwnedLowRankStep> attn_skip, ffn_skip;
+  // Powers of two that were taken out of the linears (magnitude.h): all equal in a matrix, [out],
+  // or empty.
+  std::array<std::vector<int8_t>, kNLinears> exponents;
 
   /// As the forward pass wants it, nothing rounded. Views into *this.
   Layer view() const;
@@ -83,8 +87,10 @@ FloatMatrix to_float_matrix(const Matrix& matrix);
 /// Stores f32 values densely as kF32, kF16 or kBF16 (round to nearest even).
 OwnedMatrix store_dense(std::span<const float> values, int64_t rows, int64_t cols, Storage storage);
 
-/// kF16 where every value stays finite in it, else kBF16: f16 has three more mantissa bits, bf16
-/// the range of f32.
+/// How to store values in 16 bits: kF16, which has three more mantissa bits than bf16, unless a value
+/// would be infinite in it or a stretch of 64 would lose more than in bf16, being so small; then
+/// kBF16, which has the range of f32; kF32 where a value rounds to infinity in that or a stretch is
+/// below all normal numbers.
 Storage choose_16_bit(std::span<const float> values);
 
 }  // namespace tq

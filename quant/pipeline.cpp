@@ -13,6 +13,7 @@
 #include "model/tq_file.h"
 #include "quant/eigen.h"
 #include "quant/learn.h"
+#include "quant/magnitude.h"
 #include "quant/quantize_layer.h"
 #include "quant/resume.h"
 #include "quant/rounding.h"
@@ -68,14 +69,22 @@ Json distortion_json(const LinearReport& report) {
   return rounded(to_json(report));
 }
 
-// Embedding or head: the source's own 16 bits, f32 only if asked for, or rounded to nearest.
+// Embedding or head: the source's own 16 bits, f32 only if asked for or needed, or rounded to
+// nearest. They have no exponents, since the embedding may be both: where more than a few rows
+// (tokens that were never trained may be anything) need them, it stays in 16 bits.
 struct Table {
   Table(const Matrix& source, int bits, const QuantizeOptions& options) {
+    FloatMatrix values;
+    if (bits < 16 || source.storage == Storage::kF32) values = to_float_matrix(source);
     if (bits < 16) {
-      owned = round_matrix(to_float_matrix(source), {bits, options.group}, nullptr, options.threads)
-                  .matrix;
+      const std::vector<int8_t> exponents =
+          row_exponents(values, {bits, options.group}, {}, options.threads, kFewRows);
+      kept = !exponents.empty();
+      if (kept) bits = 16;
+    }
+    if (bits < 16) {
+      owned = round_matrix(values, {bits, options.group}, nullptr, options.threads).matrix;
     } else if (source.storage == Storage::kF32 && bits == 16) {
-      const FloatMatrix values = to_float_matrix(source);
       owned = store_dense(values.data, values.rows, values.cols, choose_16_bit(values.data));
     } else {
       matrix = source;
@@ -84,8 +93,10 @@ struct Table {
     matrix = owned.view();
   }
   Table(const Table&) = delete;
+  static constexpr double kFewRows = 1.0 / 16;
   OwnedMatrix owned;  // empty when the source's bytes are used as they are
   Matrix matrix;
+  bool kept = false;  // in 16 bits, though fewer were asked for
 };
 
 class Pipeline {
@@ -268,12 +279,18 @@ class Pipeline {
     }
   }
 
+  void note_kept(const char* name, const Table& table) const {
+    if (!table.kept) return;
+    note(std::string(name) + " stays in 16 bits: the scales of its groups would leave f16's range");
+  }
+
   void write_tables() {
     if (basis_.input().active()) writer_.add_residual_basis(basis_.input());
     if (basis_.learned() && basis_.learned()->layerwise()) {
       writer_.add_output_basis(basis_.output());
     }
     const Table table(source_.tok_embed, options_.embed_bits, options_);
+    note_kept("tok_embed", table);
     writer_.add_table(table.matrix);
     Linear head;
     // The head reads 8-bit activations when it is packed itself: their error is far below that of
@@ -282,10 +299,13 @@ class Pipeline {
     head.act.group = options_.group;
     if (source_.config.tied) {
       head.weight = table.matrix;
+      if (table.kept) head.act.bits = 16;
       writer_.add_linear("lm_head", head, true);
     } else {
       const Table head_table(source_.lm_head.weight, options_.head_bits, options_);
+      note_kept("lm_head", head_table);
       head.weight = head_table.matrix;
+      if (head_table.kept) head.act.bits = 16;
       writer_.add_linear("lm_head", head);
     }
     writer_.add_f32("final_norm", source_.final_norm);
@@ -366,7 +386,7 @@ class Pipeline {
     if (!norms.k_norm.empty()) writer_.add_f32(prefix + "k_norm", norms.k_norm);
   }
 
-  // Method none: 16-bit sources keep their bytes, f32 sources become f16 where that is finite.
+  // Method none: 16-bit sources keep their bytes, f32 sources become f16 where that holds them.
   void copy_layer(int64_t layer) {
     check_interrupted();
     const Layer& from = source_.layers[static_cast<size_t>(layer)];

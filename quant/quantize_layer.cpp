@@ -4,6 +4,7 @@
 #include "model/error.h"
 #include "quant/branch.h"
 #include "quant/decompose.h"
+#include "quant/magnitude.h"
 #include "quant/rounding.h"
 
 namespace tq {
@@ -35,6 +36,44 @@ Transform dense_transform(const OwnedMatrix& matrix) {
   transform.matrix = matrix.view();
   return transform;
 }
+
+bool rounds(const QuantizeOptions& options, const LinearPlan& plan) {
+  return !plan.keep && options.rounding != RoundingKind::kStore;
+}
+
+// A folded weight as it is to be stored: to be rounded it may have to lose a power of two in each
+// row, to be stored as it is it takes back what it has lost.
+struct Powered {
+  Powered(const FloatLayer& folded, int linear, bool rounds, const QuantizeOptions& options)
+      : original(folded.linears[static_cast<size_t>(linear)]) {
+    const std::vector<int8_t>& taken = folded.exponents[static_cast<size_t>(linear)];
+    if (!rounds) {
+      if (!taken.empty()) change(taken, 1, options.threads);
+      return;
+    }
+    exponents = taken;
+    rows = row_exponents(original, {options.bits_w, options.group, options.two_level}, taken,
+                         options.threads);
+    if (rows.empty()) return;
+    change(rows, -1, options.threads);
+    exponents.resize(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      exponents[i] = static_cast<int8_t>(exponents[i] + rows[i]);
+    }
+  }
+  const FloatMatrix& w() const { return changed.data.empty() ? original : changed; }
+
+  const FloatMatrix& original;
+  FloatMatrix changed;
+  std::vector<int8_t> rows;       // lost here, or empty
+  std::vector<int8_t> exponents;  // lost in all, or empty
+
+ private:
+  void change(const std::vector<int8_t>& by, int sign, int threads) {
+    changed = original;
+    scale_rows(changed, by, sign, threads);
+  }
+};
 
 // What rounding a linear may know about its inputs; null without calibration.
 struct Inputs {
@@ -79,7 +118,7 @@ int64_t store_linear(const FloatMatrix& target, const LinearPlan& plan,
                      const QuantizeOptions& options, const LowRank* given, const Inputs& inputs,
                      OwnedLinear& out) {
   out.act.bits = plan.keep ? 16 : options.bits_a;
-  if (plan.keep || options.rounding == RoundingKind::kStore) {
+  if (!rounds(options, plan)) {
     out.weight = store_dense(target.data, target.rows, target.cols,
                              unrounded_storage(options, plan.keep, target));
     return 0;
@@ -106,14 +145,16 @@ int64_t store_linear(const FloatMatrix& target, const LinearPlan& plan,
   return rounded.n_clipped;
 }
 
-// The branch of a linear before rounding, folded; nothing where it is fitted later.
+// The branch of a linear before rounding, folded; nothing where it is fitted later. rows: the powers
+// of two that w has lost since it was folded, or empty.
 std::optional<LowRank> given_branch(const FloatMatrix& w, int64_t layer, int linear,
                                     const QuantizeOptions& options, const ModelBasis& basis,
-                                    const SiteStats* stats) {
+                                    const SiteStats* stats, const std::vector<int8_t>& rows) {
   if (!options.rounds_branch() || options.split == Split::kFit) return std::nullopt;
   if (const LowRank* learned = basis.branch(layer, linear)) {
     LowRank folded = *learned;
     fold_branch(folded, static_cast<LinearIndex>(linear), layer, *basis.learned(), options.threads);
+    if (!rows.empty()) scale_rows(folded.b, rows, -1, options.threads);
     return folded;
   }
   LowRank factors = truncated_svd(w, options.rank);
@@ -171,8 +212,12 @@ std::string ModelBasis::fallback_note(const Config& config) const {
 FloatLayer fold_layer(const Model& model, int64_t index, const QuantizeOptions& options,
                       const ModelBasis& basis) {
   FloatLayer layer = load_float_layer(model, index, options.threads);
-  if (options.basis == Basis::kNone) return layer;
+  if (options.basis == Basis::kNone) {
+    take_out_powers(layer, options.threads);
+    return layer;
+  }
   fold_norm_gains(layer, options.threads);
+  take_out_powers(layer, options.threads);
   // A w_down kept at 16 bits needs no online transform: nothing is rounded there.
   const bool keep_down = plan_layer(options, model.config, index)[kWDown].keep;
   const Transform down = keep_down ? Transform{} : basis.down();
@@ -209,7 +254,6 @@ QuantizedLayer quantize_layer(const FloatLayer& folded, int64_t index,
   for (int i = 0; i < kNLinears; ++i) {
     stop();
     const LinearPlan& linear = plan[static_cast<size_t>(i)];
-    const FloatMatrix& w = folded.linears[static_cast<size_t>(i)];
     const SiteStats* site = stats ? &stats->at(kSiteOf[i]) : nullptr;
     const bool uses_factor = options.uses_gptq() && !linear.keep;
     // Linears of one site follow each other, so one factor is in memory at a time.
@@ -221,9 +265,12 @@ QuantizedLayer quantize_layer(const FloatLayer& folded, int64_t index,
           options.act_order ? activation_order(site->gram(), options.group) : ColumnOrder{});
     }
     OwnedLinear& out = result.layer.linears[static_cast<size_t>(i)];
+    const Powered powered(folded, i, rounds(options, linear), options);
+    const FloatMatrix& w = powered.w();
+    out.exponents = powered.exponents;
     out.act.group = input_group(options, config, kSiteOf[i]);
     const std::optional<LowRank> given =
-        linear.keep ? std::nullopt : given_branch(w, index, i, options, basis, site);
+        linear.keep ? std::nullopt : given_branch(w, index, i, options, basis, site, powered.rows);
     FloatMatrix corrected;
     if (uses_factor && options.rounding == RoundingKind::kGptqCorrected && options.bits_a < 16) {
       corrected = correct_weights(w, *site, factor, options.threads);

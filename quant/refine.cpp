@@ -111,6 +111,7 @@ std::optional<FloatStep> to_float_step(const std::optional<OwnedLowRankStep>& st
 struct StudentLinear {
   const OwnedLinear* linear = nullptr;
   Weight weight, branch_a, branch_b;
+  std::vector<float> factors;  // 2^exponents, [out] or empty
 };
 
 class Student {
@@ -137,6 +138,7 @@ class Student {
         if (linear.branch_a) student.branch_a = make_weight(*linear.branch_a);
         if (linear.branch_b) student.branch_b = make_weight(*linear.branch_b);
         if (linear.input.active()) down_ = FastTransform(linear.input);
+        for (int8_t e : linear.exponents) student.factors.push_back(std::ldexp(1.0f, e));
       }
     }
   }
@@ -227,6 +229,12 @@ class Student {
   }
 
   Var run(Tape& tape, const StudentLinear& student, const Var& x, const Var& rounded) {
+    const Var y = sum_of_components(tape, student, x, rounded);
+    return student.factors.empty() ? y : gained(y, student.factors);
+  }
+
+  static Var sum_of_components(Tape& tape, const StudentLinear& student, const Var& x,
+                               const Var& rounded) {
     const OwnedLinear& linear = *student.linear;
     const Var y = matmul_nt(rounded, student.weight.on(tape));
     if (!linear.branch_a) return y;

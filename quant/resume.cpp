@@ -166,6 +166,7 @@ Json write_linear(LayerWriter& writer, const OwnedLinear& linear) {
   json["transformed"] = linear.input.active();
   json["act"] = {linear.act.bits, linear.act.group, linear.act.clip,
                  static_cast<int>(linear.act.codes), linear.act.two_level};
+  json["exponents"] = linear.exponents;
   return json;
 }
 
@@ -197,6 +198,7 @@ OwnedLinear read_linear(LayerReader& reader, const Json& json, const Transform& 
   linear.act.clip = json.at("act").at(2).get<float>();
   linear.act.codes = static_cast<ActCodes>(json.at("act").at(3).get<int>());
   linear.act.two_level = json.at("act").at(4).get<bool>();
+  linear.exponents = json.at("exponents").get<std::vector<int8_t>>();
   return linear;
 }
 

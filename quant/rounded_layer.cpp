@@ -2,6 +2,7 @@
 #include "quant/rounded_layer.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/autodiff_model.h"
 #include "cpu/autodiff_ops.h"
@@ -110,6 +111,11 @@ Var RoundedLayer::output(LinearIndex index, const Var& rounded, const BranchLeaf
   return writes ? unfold_right(y, *writes) : y;
 }
 
+Var RoundedLayer::powered(LinearIndex index, const Var& y) const {
+  const std::vector<int8_t>& exponents = layer_.exponents[static_cast<size_t>(index)];
+  return exponents.empty() ? y : scale(y, std::ldexp(1.0f, exponents.front()));
+}
+
 Var RoundedLayer::head_norm(const Var& x, const std::vector<float>& gain) const {
   const int64_t n = context_.config.head_dim;
   const Var heads = rms_norm(reshape(x, {1, x.shape().size() / n, n}), context_.config.norm_eps);
@@ -119,8 +125,8 @@ Var RoundedLayer::head_norm(const Var& x, const std::vector<float>& gain) const 
 Var RoundedLayer::attention(const Var& x, int64_t n_sequences) const {
   const Config& c = context_.config;
   const Var rounded = input(Site::kAttnIn, x);
-  Var q = output(kWq, rounded), k = output(kWk, rounded);
-  const Var v = output(kWv, rounded);
+  Var q = powered(kWq, output(kWq, rounded)), k = powered(kWk, output(kWk, rounded));
+  const Var v = powered(kWv, output(kWv, rounded));
   if (c.has_qk_norm()) {
     q = head_norm(q, layer_.q_norm);
     k = head_norm(k, layer_.k_norm);
@@ -128,14 +134,15 @@ Var RoundedLayer::attention(const Var& x, int64_t n_sequences) const {
   q = rope(q, context_.rope, c.n_heads, n_sequences);
   k = rope(k, context_.rope, c.n_kv_heads, n_sequences);
   const Var mixed = causal_attention(q, k, v, {c.n_heads, c.n_kv_heads, n_sequences});
-  return output(kWo, input(Site::kAttnOut, mixed));
+  return powered(kWo, output(kWo, input(Site::kAttnOut, mixed)));
 }
 
 Var RoundedLayer::ffn(const Var& x) const {
   const Var rounded = input(Site::kFfnIn, x);
-  Var hidden = silu_mul(output(kWGate, rounded), output(kWUp, rounded));
+  Var hidden = silu_mul(powered(kWGate, output(kWGate, rounded)),
+                        powered(kWUp, output(kWUp, rounded)));
   if (context_.down.active()) hidden = hadamard(hidden, context_.down);
-  return output(kWDown, input(Site::kFfnMid, hidden));
+  return powered(kWDown, output(kWDown, input(Site::kFfnMid, hidden)));
 }
 
 }  // namespace tq

@@ -55,7 +55,8 @@ class RoundedLayer {
 
   /// Input of a site, in its basis and rounded.
   Var input(Site site, const Var& x) const;
-  /// w x for a linear that reads input(x); with the branch's output, if there is one.
+  /// w x for a linear that reads input(x); with the branch's output, if there is one. Without the
+  /// power of two that was taken out of w (FloatLayer::exponents).
   Var output(LinearIndex index, const Var& rounded, const BranchLeaf& branch = {}) const;
   /// What a sublayer adds to the stream, from the normalised stream of whole sequences
   /// [1, n_sequences * rows, dim]. The FFN's last input is transformed by context.down.
@@ -63,6 +64,8 @@ class RoundedLayer {
   Var ffn(const Var& x) const;
 
  private:
+  /// y times the power of two that was taken out of the linear.
+  Var powered(LinearIndex index, const Var& y) const;
   Var constant(const FloatMatrix& m) const;
   Var leaf(const BasisLeaf& basis) const;
   Var head_norm(const Var& x, const std::vector<float>& gain) const;

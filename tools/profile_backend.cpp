@@ -66,6 +66,10 @@ class ProfileBackend : public Backend {
   void add(DeviceBuffer& x, const DeviceBuffer& y, int64_t count) override {
     timed("add", [&] { inner_->add(x, y, count); });
   }
+  void scale_columns(DeviceBuffer& x, int64_t rows, int64_t cols,
+                     const DeviceBuffer& factors) override {
+    timed("scale_columns", [&] { inner_->scale_columns(x, rows, cols, factors); });
+  }
   void transform(DeviceBuffer& x, int64_t rows, const PreparedTransform& basis,
                  bool inverse) override {
     timed("transform", [&] { inner_->transform(x, rows, basis, inverse); });

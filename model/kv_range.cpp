@@ -1,0 +1,165 @@
+// kv_range - bounds of keys and values, and what follows from them. See kv_range.h.
+//
+// A normalised row n has |n| <= sqrt(dim), so with gain g and a row w of a linear
+//     |y| = |sum_j w_j g_j n_j| <= |w| max|g| sqrt(dim)        (a rotation of the input changes no |w|)
+// with a branch |w| is |R_i| + |B_i| |A|_F. RoPE and the Hadamard matrix of a head keep the length of
+// a head's vector, which therefore bounds each of its elements. Qwen3's norms of heads bound q and k
+// by themselves: max|gain| sqrt(head_dim).
+#include "model/kv_range.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace tq {
+namespace {
+
+// Rounding of the input may lengthen it: by half a step an element, less than half of its group.
+constexpr double kRoundedInput = 1.6;
+// Bounds between these are left alone. What a bound allows is some hundred times what a layer puts
+// out as a rule, so the lower ones are where ordinary numbers would be below f16's 2^-14.
+constexpr double kLargest = 60000.0, kSmallestValue = 0x1p-4, kSmallestKey = 1.0;
+// What the bound of a value becomes, and the largest that the bound of a key may.
+constexpr int kValueExponent = 6, kMostKeyExponent = 15;
+
+double largest_magnitude(const std::vector<float>& values) {
+  float largest = 0;
+  for (float value : values) largest = std::max(largest, std::fabs(value));
+  return double{largest};
+}
+
+// |row|, exactly, or from above by the scales alone: no code is larger than 8 or 127.
+double row_norm(const Matrix& m, int64_t row, bool exact, std::vector<float>& scratch) {
+  double sum = 0;
+  if (m.packed() && !exact) {
+    const double code = m.storage == Storage::kQ4 ? 8 : 127;
+    for (int64_t g = 0; g < m.n_groups(); ++g) {
+      const double scale = double{f16_to_f32(m.scales[row * m.n_groups() + g])};
+      sum += scale * scale * static_cast<double>(std::min(m.group, m.cols - g * m.group));
+    }
+    return code * std::sqrt(sum);
+  }
+  scratch.resize(static_cast<size_t>(m.cols));
+  matrix_row_f32(m, row, scratch.data());
+  for (float value : scratch) sum += double{value} * double{value};
+  return std::sqrt(sum);
+}
+
+// Bounds of what a linear that reads a norm's output puts out.
+class OutputBounds {
+ public:
+  OutputBounds(const Linear& linear, const std::vector<float>& gain)
+      : linear_(linear),
+        input_(std::sqrt(static_cast<double>(gain.size())) * largest_magnitude(gain) *
+               (linear.act.bits < 16 ? kRoundedInput : 1.0)) {}
+
+  double of_row(int64_t row, bool exact) {
+    double norm = row_norm(linear_.weight, row, exact, scratch_);
+    if (linear_.branch_a) {
+      norm += row_norm(*linear_.branch_b, row, exact, scratch_) * branch_norm(exact);
+    }
+    const int exponent = linear_.exponents ? linear_.exponents[row] : 0;
+    return std::ldexp(norm * input_, exponent);
+  }
+  /// Of the length of rows [first, first + count) of one token's output; exactly only where that
+  /// decides something.
+  double of_rows(int64_t first, int64_t count) {
+    double bound = 0;
+    for (bool exact : {false, true}) {
+      double sum = 0;
+      for (int64_t row = first; row < first + count; ++row) {
+        sum += std::pow(of_row(row, exact), 2);
+      }
+      bound = std::sqrt(sum);
+      if (bound <= kLargest) break;
+    }
+    return bound;
+  }
+
+ private:
+  double branch_norm(bool exact) {
+    double& known = branch_norms_[exact];
+    if (known >= 0) return known;
+    double sum = 0;
+    for (int64_t row = 0; row < linear_.rank(); ++row) {
+      sum += std::pow(row_norm(*linear_.branch_a, row, exact, scratch_), 2);
+    }
+    return known = std::sqrt(sum);
+  }
+
+  const Linear& linear_;
+  double input_;
+  double branch_norms_[2] = {-1, -1};
+  std::vector<float> scratch_;
+};
+
+int exponent_of(double bound) {
+  return bound > 0 ? static_cast<int>(std::ceil(std::log2(bound))) : 0;
+}
+
+// The e with which keys times 2^-e and queries times 2^e are both of ordinary size.
+int key_exponent(double key, double query) {
+  const int e = query > 0 ? (exponent_of(key) - exponent_of(query)) / 2 : exponent_of(key);
+  return std::clamp(std::max(e, exponent_of(key) - kMostKeyExponent), kMinExponent, -kMinExponent);
+}
+
+bool key_fits(double bound) {
+  return bound == 0 || !(bound < kSmallestKey || bound > kLargest);
+}
+
+void key_exponents(const Config& c, const Layer& layer, KvExponents& result) {
+  const auto set = [](std::vector<int>& to, int64_t size, int64_t first, int64_t count, int e) {
+    to.resize(static_cast<size_t>(size));
+    std::fill_n(to.begin() + first, count, e);
+  };
+  const double turn = std::fabs(c.rope.attention_factor);
+  if (c.has_qk_norm()) {
+    const double length = std::sqrt(static_cast<double>(c.head_dim)) * turn;
+    const double key = largest_magnitude(layer.k_norm) * length;
+    if (key_fits(key)) return;
+    const int e = key_exponent(key, largest_magnitude(layer.q_norm) * length);
+    set(result.k, c.kv_dim(), 0, c.kv_dim(), -e);
+    set(result.q, c.q_dim(), 0, c.q_dim(), e);
+    return;
+  }
+  OutputBounds keys(layer.wk, layer.attn_norm), queries(layer.wq, layer.attn_norm);
+  const int64_t shared = c.n_heads / c.n_kv_heads * c.head_dim;  // columns of q that read a key head
+  for (int64_t head = 0; head < c.n_kv_heads; ++head) {
+    const double key = keys.of_rows(head * c.head_dim, c.head_dim) * turn;
+    if (key_fits(key)) continue;
+    double query = 0;
+    for (int64_t first = head * shared; first < (head + 1) * shared; first += c.head_dim) {
+      query = std::max(query, queries.of_rows(first, c.head_dim) * turn);
+    }
+    const int e = key_exponent(key, query);
+    set(result.k, c.kv_dim(), head * c.head_dim, c.head_dim, -e);
+    set(result.q, c.q_dim(), head * shared, shared, e);
+  }
+}
+
+void value_exponents(const Config& c, const Layer& layer, KvExponents& result) {
+  OutputBounds values(layer.wv, layer.attn_norm);
+  const int64_t n_shared = c.n_heads / c.n_kv_heads;
+  for (int64_t row = 0; row < c.kv_dim(); ++row) {
+    const double bound = values.of_rows(row, 1);
+    if (bound == 0 || !(bound < kSmallestValue || bound > kLargest)) continue;
+    const int e = std::clamp(exponent_of(bound) - kValueExponent, kMinExponent, -kMinExponent);
+    result.v.resize(static_cast<size_t>(c.kv_dim()));
+    result.out.resize(static_cast<size_t>(c.q_dim()));
+    result.v[static_cast<size_t>(row)] = -e;
+    for (int64_t i = 0; i < n_shared; ++i) {
+      const int64_t head = row / c.head_dim * n_shared + i;
+      result.out[static_cast<size_t>(head * c.head_dim + row % c.head_dim)] = e;
+    }
+  }
+}
+
+}  // namespace
+
+KvExponents kv_exponents(const Config& config, const Layer& layer) {
+  KvExponents result;
+  key_exponents(config, layer, result);
+  value_exponents(config, layer, result);
+  return result;
+}
+
+}  // namespace tq
