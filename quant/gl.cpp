@@ -41,12 +41,25 @@ void check_options(const MatrixRM& g, const GaugeOptions& options) {
   TQ_CHECK(g.rows() == g.cols() && options.max_condition > 1 && options.descent.max_step > 0);
 }
 
-MatrixRM regularised(const MatrixRM& moment) {
+MatrixRM regularised(const MatrixRM& moment, double ridge) {
   const int64_t r = moment.rows();
   const double mean = moment.trace() / static_cast<double>(r);
   // An empty branch, or one that says as little: moments are sums in f32, noise down there.
   if (!(mean > kSmallestMoment)) return MatrixRM::Identity(r, r);
-  return symmetric_part(moment) + kMomentRidge * mean * MatrixRM::Identity(r, r);
+  return symmetric_part(moment) + ridge * mean * MatrixRM::Identity(r, r);
+}
+
+// The inverse of a regularised moment. One direction that drowns the others leaves them with
+// negative noise of f32, more than the usual ridge then.
+MatrixRM regular_inverse(const MatrixRM& moment) {
+  const MatrixRM one = MatrixRM::Identity(moment.rows(), moment.cols());
+  for (double ridge = kMomentRidge; ridge <= 1; ridge *= 10) {
+    const Eigen::LLT<MatrixRM> cholesky(regularised(moment, ridge));
+    if (cholesky.info() != Eigen::Success) continue;
+    const MatrixRM inverse = symmetric_part(cholesky.solve(one));
+    if (Eigen::LLT<MatrixRM>(inverse).info() == Eigen::Success) return inverse;
+  }
+  return one;
 }
 
 MatrixRM random_hadamard(int64_t r, uint64_t seed, uint64_t stream) {
@@ -162,8 +175,7 @@ MatrixRM closed_form_gauge(const MatrixRM& c_h, const MatrixRM& c_b, double max_
                            uint64_t seed, uint64_t stream) {
   const int64_t r = c_h.rows();
   TQ_CHECK(c_h.cols() == r && c_b.rows() == r && c_b.cols() == r && max_condition >= 1);
-  const MatrixRM inverse = regularised(c_h).llt().solve(MatrixRM::Identity(r, r));
-  const MatrixRM s = geometric_mean(symmetric_part(inverse), regularised(c_b));
+  const MatrixRM s = geometric_mean(regular_inverse(c_h), regularised(c_b, kMomentRidge));
   const Eigen::SelfAdjointEigenSolver<MatrixRM> eigen(s);
   const Eigen::VectorXd log = clip_logs(0.5 * eigen.eigenvalues().array().log(), max_condition);
   return random_hadamard(r, seed, stream) * from_spectrum(eigen.eigenvectors(), log.array().exp());

@@ -60,6 +60,11 @@ int exponent_of(float x) {
   return exponent;
 }
 
+// The even number at or below: a branch splits the power into two equal ones.
+int even(int exponent) {
+  return exponent & ~1;
+}
+
 float largest_of(const FloatMatrix& w, int threads) {
   std::vector<float> of_row(static_cast<size_t>(w.rows));
   parallel_ranges(threads, w.rows, [&](int64_t begin, int64_t end, int) {
@@ -79,7 +84,7 @@ void take_out_powers(FloatLayer& layer, int threads) {
     FloatMatrix& w = layer.linears[i];
     const float largest = largest_of(w, threads);
     if (largest == 0 || (largest >= kSmallestOrdinary && largest <= kLargestOrdinary)) continue;
-    const int exponent = std::clamp(exponent_of(largest), kMinExponent, kMaxExponent);
+    const int exponent = std::clamp(even(exponent_of(largest)), kMinExponent, kMaxExponent - 1);
     layer.exponents[i].assign(static_cast<size_t>(w.rows), static_cast<int8_t>(exponent));
     scale_rows(w, layer.exponents[i], -1, threads);
   }
@@ -106,7 +111,7 @@ std::vector<int8_t> row_exponents(const FloatMatrix& w, const RoundingSpec& spec
   }
   if (static_cast<double>(n_unfit) <= tolerated * static_cast<double>(n_rows)) return {};
   // Rows keep their proportions where they can: a branch is for what is loud.
-  const int level = level_fits ? 0 : limits.high_level, common = exponent_of(largest) - level;
+  const int level = level_fits ? 0 : limits.high_level - 1, common = even(exponent_of(largest)) - level;
   std::vector<int8_t> result;
   for (size_t i = 0; i < rows.size(); ++i) {
     const int exponent =
