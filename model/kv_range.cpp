@@ -136,19 +136,33 @@ void key_exponents(const Config& c, const Layer& layer, KvExponents& result) {
   }
 }
 
+bool value_fits(double bound) {
+  return bound == 0 || !(bound < kSmallestValue || bound > kLargest);
+}
+
+// One exponent a head, so that its elements keep their proportions for codes; an element that is
+// still out of range has its own.
 void value_exponents(const Config& c, const Layer& layer, KvExponents& result) {
   OutputBounds values(layer.wv, layer.attn_norm);
   const int64_t n_shared = c.n_heads / c.n_kv_heads;
-  for (int64_t row = 0; row < c.kv_dim(); ++row) {
-    const double bound = values.of_rows(row, 1);
-    if (bound == 0 || !(bound < kSmallestValue || bound > kLargest)) continue;
-    const int e = std::clamp(exponent_of(bound) - kValueExponent, kMinExponent, -kMinExponent);
+  std::vector<double> bounds(static_cast<size_t>(c.head_dim));
+  for (int64_t head = 0; head < c.n_kv_heads; ++head) {
+    for (int64_t i = 0; i < c.head_dim; ++i) {
+      bounds[static_cast<size_t>(i)] = values.of_rows(head * c.head_dim + i, 1);
+    }
+    if (std::all_of(bounds.begin(), bounds.end(), value_fits)) continue;
+    const int common = exponent_of(*std::max_element(bounds.begin(), bounds.end()));
     result.v.resize(static_cast<size_t>(c.kv_dim()));
     result.out.resize(static_cast<size_t>(c.q_dim()));
-    result.v[static_cast<size_t>(row)] = -e;
-    for (int64_t i = 0; i < n_shared; ++i) {
-      const int64_t head = row / c.head_dim * n_shared + i;
-      result.out[static_cast<size_t>(head * c.head_dim + row % c.head_dim)] = e;
+    for (int64_t i = 0; i < c.head_dim; ++i) {
+      const double bound = bounds[static_cast<size_t>(i)];
+      const bool fits = value_fits(std::ldexp(bound, kValueExponent - common));
+      const int e = std::clamp((fits ? common : exponent_of(bound)) - kValueExponent, kMinExponent,
+                               -kMinExponent);
+      result.v[static_cast<size_t>(head * c.head_dim + i)] = -e;
+      for (int64_t reader = head * n_shared; reader < (head + 1) * n_shared; ++reader) {
+        result.out[static_cast<size_t>(reader * c.head_dim + i)] = e;
+      }
     }
   }
 }
