@@ -51,7 +51,8 @@ PreparedSkip prepare_skip(Backend& backend, const std::optional<LowRankStep>& sk
   return prepared;
 }
 
-// 2^(exponents + more); null if there are none. `exponents`: [size] or null, `more`: [size] or empty.
+// 2^(exponents + more); null if there are none. `exponents`: [size] or null, `more`: [size] or
+// empty.
 BufferPtr upload_factors(Backend& backend, const int8_t* exponents, const std::vector<int>& more,
                          int64_t size) {
   if (!exponents && more.empty()) return nullptr;
@@ -206,7 +207,8 @@ PreparedModel::PreparedModel(const Model& model, Backend& backend, LayerResidenc
   key_basis_ = backend.prepare_transform(key_basis);
   if (residence == LayerResidence::kAll) {
     layers_.reserve(model.layers.size());
-    for (const Layer& layer : model.layers) layers_.push_back(prepare_layer(backend, model.config, layer));
+    for (const Layer& layer : model.layers)
+      layers_.push_back(prepare_layer(backend, model.config, layer));
   }
   rope_.inv_freq = rope_inv_freq(model.config.rope, model.config.head_dim);
   rope_.attention_factor = static_cast<float>(model.config.rope.attention_factor);

@@ -1,10 +1,11 @@
 // kv_range - bounds of keys and values, and what follows from them. See kv_range.h.
 //
 // A normalised row n has |n| <= sqrt(dim), so with gain g and a row w of a linear
-//     |y| = |sum_j w_j g_j n_j| <= |w| max|g| sqrt(dim)        (a rotation of the input changes no |w|)
-// with a branch |w| is |R_i| + |B_i| |A|_F. RoPE and the Hadamard matrix of a head keep the length of
-// a head's vector, which therefore bounds each of its elements. Qwen3's norms of heads bound q and k
-// by themselves: max|gain| sqrt(head_dim).
+//     |y| = |sum_j w_j g_j n_j| <= |w| max|g| sqrt(dim)        (a rotation of the input changes no
+//     |w|)
+// with a branch |w| is |R_i| + |B_i| |A|_F. RoPE and the Hadamard matrix of a head keep the length
+// of a head's vector, which therefore bounds each of its elements. Qwen3's norms of heads bound q
+// and k by themselves: max|gain| sqrt(head_dim).
 #include "model/kv_range.h"
 
 #include <algorithm>
@@ -122,7 +123,8 @@ void key_exponents(const Config& c, const Layer& layer, KvExponents& result) {
     return;
   }
   OutputBounds keys(layer.wk, layer.attn_norm), queries(layer.wq, layer.attn_norm);
-  const int64_t shared = c.n_heads / c.n_kv_heads * c.head_dim;  // columns of q that read a key head
+  const int64_t shared =
+      c.n_heads / c.n_kv_heads * c.head_dim;  // columns of q that read a key head
   for (int64_t head = 0; head < c.n_kv_heads; ++head) {
     const double key = keys.of_rows(head * c.head_dim, c.head_dim) * turn;
     if (key_fits(key)) continue;

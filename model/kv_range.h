@@ -15,9 +15,9 @@
 
 namespace tq {
 
-/// Exponents of what the outputs of wq, wk and wv, and attention's output, are multiplied by. Empty:
-/// nothing. With norms of q and k, those of q and k belong to what the norms put out; they are the
-/// same for every head then.
+/// Exponents of what the outputs of wq, wk and wv, and attention's output, are multiplied by.
+/// Empty: nothing. With norms of q and k, those of q and k belong to what the norms put out; they
+/// are the same for every head then.
 struct KvExponents {
   std::vector<int> q, k, v, out;  // [q_dim], [kv_dim], [kv_dim], [q_dim]
 };

@@ -91,8 +91,7 @@ void take_out_powers(FloatLayer& layer, int threads) {
 }
 
 std::vector<int8_t> row_exponents(const FloatMatrix& w, const RoundingSpec& spec,
-                                  const std::vector<int8_t>& taken, int threads,
-                                  double tolerated) {
+                                  const std::vector<int8_t>& taken, int threads, double tolerated) {
   const Limits limits = limits_of(spec);
   std::vector<Reach> rows(static_cast<size_t>(w.rows));
   parallel_ranges(threads, w.rows, [&](int64_t begin, int64_t end, int) {
@@ -111,11 +110,11 @@ std::vector<int8_t> row_exponents(const FloatMatrix& w, const RoundingSpec& spec
   }
   if (static_cast<double>(n_unfit) <= tolerated * static_cast<double>(n_rows)) return {};
   // Rows keep their proportions where they can: a branch is for what is loud.
-  const int level = level_fits ? 0 : limits.high_level - 1, common = even(exponent_of(largest)) - level;
+  const int level = level_fits ? 0 : limits.high_level - 1,
+            common = even(exponent_of(largest)) - level;
   std::vector<int8_t> result;
   for (size_t i = 0; i < rows.size(); ++i) {
-    const int exponent =
-        fits(rows[i], common, limits) ? common : exponent_of(rows[i].top) - level;
+    const int exponent = fits(rows[i], common, limits) ? common : exponent_of(rows[i].top) - level;
     const int before = taken.empty() ? 0 : taken[i];
     const int sum = std::clamp(before + exponent, kMinExponent, kMaxExponent);
     result.push_back(static_cast<int8_t>(std::clamp(sum - before, kMinExponent, kMaxExponent)));

@@ -1,12 +1,12 @@
 // magnitude - powers of two taken out of weights, so that numbers in f16 can hold what is left.
 //
 // A group's scale is an f16 number: coarse below 2^-14, zero below 2^-24, at most 65504. Weights of
-// ordinary models stay far inside. Others (a linear scaled down where the next is scaled up, a layer
-// that training or merging has shrunk) lose a power of two first, which the runtime multiplies the
-// linear's output by (Linear::exponents): the rest quantizes like the same matrix of ordinary
-// magnitude, to the same codes. Two steps, because folding mixes rows of a linear: one power for a
-// whole matrix before, one for a row where that is not enough after. Not here: the rounding.
-// Read next: magnitude.cpp.
+// ordinary models stay far inside. Others (a linear scaled down where the next is scaled up, a
+// layer that training or merging has shrunk) lose a power of two first, which the runtime
+// multiplies the linear's output by (Linear::exponents): the rest quantizes like the same matrix of
+// ordinary magnitude, to the same codes. Two steps, because folding mixes rows of a linear: one
+// power for a whole matrix before, one for a row where that is not enough after. Not here: the
+// rounding. Read next: magnitude.cpp.
 #pragma once
 
 #include "quant/decompose.h"

@@ -87,10 +87,10 @@ FloatMatrix to_float_matrix(const Matrix& matrix);
 /// Stores f32 values densely as kF32, kF16 or kBF16 (round to nearest even).
 OwnedMatrix store_dense(std::span<const float> values, int64_t rows, int64_t cols, Storage storage);
 
-/// How to store values in 16 bits: kF16, which has three more mantissa bits than bf16, unless a value
-/// would be infinite in it or a stretch of 64 would lose more than in bf16, being so small; then
-/// kBF16, which has the range of f32; kF32 where a value rounds to infinity in that or a stretch is
-/// below all normal numbers.
+/// How to store values in 16 bits: kF16, which has three more mantissa bits than bf16, unless a
+/// value would be infinite in it or a stretch of 64 would lose more than in bf16, being so small;
+/// then kBF16, which has the range of f32; kF32 where a value rounds to infinity in that or a
+/// stretch is below all normal numbers.
 Storage choose_16_bit(std::span<const float> values);
 
 }  // namespace tq

@@ -145,8 +145,8 @@ int64_t store_linear(const FloatMatrix& target, const LinearPlan& plan,
   return rounded.n_clipped;
 }
 
-// The branch of a linear before rounding, folded; nothing where it is fitted later. rows: the powers
-// of two that w has lost since it was folded, or empty.
+// The branch of a linear before rounding, folded; nothing where it is fitted later. rows: the
+// powers of two that w has lost since it was folded, or empty.
 std::optional<LowRank> given_branch(const FloatMatrix& w, int64_t layer, int linear,
                                     const QuantizeOptions& options, const ModelBasis& basis,
                                     const SiteStats* stats, const std::vector<int8_t>& rows) {

@@ -139,8 +139,8 @@ Var RoundedLayer::attention(const Var& x, int64_t n_sequences) const {
 
 Var RoundedLayer::ffn(const Var& x) const {
   const Var rounded = input(Site::kFfnIn, x);
-  Var hidden = silu_mul(powered(kWGate, output(kWGate, rounded)),
-                        powered(kWUp, output(kWUp, rounded)));
+  Var hidden =
+      silu_mul(powered(kWGate, output(kWGate, rounded)), powered(kWUp, output(kWUp, rounded)));
   if (context_.down.active()) hidden = hadamard(hidden, context_.down);
   return powered(kWDown, output(kWDown, input(Site::kFfnMid, hidden)));
 }

@@ -279,6 +279,31 @@ TEST(Loss, SumSquares) {
                    }});
 }
 
+TEST(Loss, RelativeErrorOfATinyTargetHasAFiniteGradient) {
+  for (float size : {1e-10f, 1e-20f, 1e-30f, 1e-42f, 0.0f}) {
+    Floats target(12), values(12), gradient(12);
+    for (size_t i = 0; i < 12; ++i) {
+      target[i] = size * static_cast<float>(i + 1);
+      values[i] = 0.75f * target[i];
+    }
+    Tape tape(kernels_for(best_isa()), 1);
+    const Var y = tape.parameter({1, 3, 4}, values.data(), gradient.data());
+    const Var loss = relative_error(y, tape.constant({1, 3, 4}, target.data()));
+    // Below the floor of 1e-24 the loss fades away.
+    if (size > 1e-24f) EXPECT_NEAR(loss.item(), 0.0625f, 1e-6f) << size;
+    EXPECT_LE(loss.item(), 0.0626f);
+    tape.backward(loss);
+    for (size_t i = 0; i < 12; ++i) {
+      EXPECT_TRUE(std::isfinite(gradient[i])) << size;
+      // -2 (1/4) t_i / |t|^2, |t|^2 = 650 size^2
+      if (size > 1e-24f) {
+        const double exact = -0.5 * static_cast<double>(i + 1) / (650 * double{size});
+        EXPECT_NEAR(double{gradient[i]} / exact, 1.0, 1e-5) << size;
+      }
+    }
+  }
+}
+
 TEST(Loss, RelativeErrorWeighsEveryEntryByItsOwnTarget) {
   const Floats target = random_floats(24, 5, 3.0f);
   check_gradients({{{2, 3, 4}},

@@ -77,6 +77,24 @@ TEST_F(Cuda, ElementwiseOperationsAgreeWithTheCpu) {
   }
 }
 
+TEST_F(Cuda, ScaledColumnsEqualTheCpus) {
+  for (const auto& [rows, cols] :
+       {std::pair<int64_t, int64_t>{1, 1}, {1, 576}, {7, 130}, {300, 96}}) {
+    std::vector<float> factors(static_cast<size_t>(cols));
+    for (size_t i = 0; i < factors.size(); ++i) {
+      factors[i] = std::ldexp(1.0f, static_cast<int>(i % 61) - 30);
+    }
+    std::vector<float> results[2];
+    for (Backend* backend : {&cpu(), &gpu()}) {
+      const BufferPtr x = guarded(*backend, random_floats(rows * cols, 9));
+      const BufferPtr by = to_device(*backend, factors);
+      backend->scale_columns(*x, rows, cols, *by);
+      results[backend == &gpu()] = taken(*backend, *x, rows * cols);
+    }
+    EXPECT_TRUE(same_numbers(results[1], results[0]));
+  }
+}
+
 // Orders 1, 12, 20, 28, 36 and others; few rows and many have kernels of their own.
 TEST_F(Cuda, TransformsEqualTheCpus) {
   for (const auto& [size, block] : {std::pair<int64_t, int64_t>{2, 2},

@@ -296,6 +296,20 @@ TEST(Gl, ClosedFormGaugeSpreadsTheEnergyOfBothFactorsEvenly) {
   for (int64_t i = 0; i < r; ++i) EXPECT_NEAR(energy_h(i, i), mean, 1e-4);
 }
 
+// A sum in f32 of inputs that nearly all point one way: beside that direction there is only noise,
+// of either sign, and more of it than the usual ridge.
+TEST(Gl, ClosedFormGaugeSurvivesMomentsThatAreNoiseButForOneDirection) {
+  const int64_t r = 48;
+  SplitMix64 rng(7);
+  MatrixRM noise(r, r);
+  for (int64_t i = 0; i < noise.size(); ++i) noise.data()[i] = 1e-6 * rng.normal();
+  const Eigen::VectorXd one = Eigen::VectorXd::Ones(r);
+  for (double scale : {1.0, 1e-22, 1e-40, 0.0}) {
+    const MatrixRM c_h = scale * (one * one.transpose() + noise + noise.transpose());
+    EXPECT_TRUE(closed_form_gauge(c_h, MatrixRM::Identity(r, r), 1000, 0, 0).allFinite()) << scale;
+  }
+}
+
 TEST(Gl, ClosedFormGaugeSurvivesSingularMomentsWithinItsCondition) {
   const int64_t r = 12;
   const MatrixRM thin = random_matrix(r, 3, 18);
