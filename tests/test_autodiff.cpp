@@ -290,7 +290,9 @@ TEST(Loss, RelativeErrorOfATinyTargetHasAFiniteGradient) {
     const Var y = tape.parameter({1, 3, 4}, values.data(), gradient.data());
     const Var loss = relative_error(y, tape.constant({1, 3, 4}, target.data()));
     // Below the floor of 1e-24 the loss fades away.
-    if (size > 1e-24f) EXPECT_NEAR(loss.item(), 0.0625f, 1e-6f) << size;
+    if (size > 1e-24f) {
+      EXPECT_NEAR(loss.item(), 0.0625f, 1e-6f) << size;
+    }
     EXPECT_LE(loss.item(), 0.0626f);
     tape.backward(loss);
     for (size_t i = 0; i < 12; ++i) {

@@ -226,7 +226,7 @@ TEST_F(TqFile, NewerVersionsSayWhichTqReads) {
   std::string bytes = read_bytes(path);
   bytes[8] = 9;
   write_bytes(path, bytes);
-  EXPECT_NE(failure(path).find("format version 9, this tq reads versions 1 to 4"),
+  EXPECT_NE(failure(path).find("format version 9, this tq reads versions 1 to 5"),
             std::string::npos);
 }
 
@@ -370,24 +370,24 @@ TEST_F(TqFile, TwoLevelScalesMakeAVersionFourFile) {
 TEST_F(TqFile, ExponentsTravelAndMakeAVersionFiveFile) {
   std::vector<int8_t> exponents(96);
   for (size_t i = 0; i < exponents.size(); ++i) exponents[i] = static_cast<int8_t>(i % 2 ? -20 : 7);
-  test_.model.layers[0].w_up.exponents = exponents.data();
-  test_.write(path_);
-  EXPECT_EQ(read_bytes(path_)[8], 5);
-  const Model model = load_tq_file(path_);
+  test_model.model.layers[0].w_up.exponents = exponents.data();
+  test_model.write(path);
+  EXPECT_EQ(read_bytes(path)[8], 5);
+  const Model model = load_tq_file(path);
   ASSERT_NE(model.layers[0].w_up.exponents, nullptr);
   EXPECT_TRUE(std::equal(exponents.begin(), exponents.end(), model.layers[0].w_up.exponents));
   EXPECT_EQ(model.layers[0].w_gate.exponents, nullptr);
   EXPECT_EQ(model.layers[0].w_up.n_bytes(), model.layers[0].w_up.weight.n_bytes() + 96);
 
   exponents[5] = -127;  // its power of two is not a normal number
-  test_.write(path_);
-  EXPECT_NE(failure(path_).find("layers.0.w_up.exponents: element 5 is -127"), std::string::npos);
-  test_.model.layers[0].w_up.exponents = nullptr;
+  test_model.write(path);
+  EXPECT_NE(failure(path).find("layers.0.w_up.exponents: element 5 is -127"), std::string::npos);
+  test_model.model.layers[0].w_up.exponents = nullptr;
   exponents[5] = 0;
   exponents.resize(8);
-  test_.model.lm_head.exponents = exponents.data();
-  test_.write(path_);
-  EXPECT_NE(failure(path_).find("exponents are for the linears of layers"), std::string::npos);
+  test_model.model.lm_head.exponents = exponents.data();
+  test_model.write(path);
+  EXPECT_NE(failure(path).find("exponents are for the linears of layers"), std::string::npos);
 }
 
 TEST_F(TqFile, GroupsOfInputsAreMultiplesOf32OrWholeRows) {
