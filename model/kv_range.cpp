@@ -41,8 +41,15 @@ double row_norm(const Matrix& m, int64_t row, bool exact, std::vector<float>& sc
   }
   scratch.resize(static_cast<size_t>(m.cols));
   matrix_row_f32(m, row, scratch.data());
-  for (float value : scratch) sum += double{value} * double{value};
-  return std::sqrt(sum);
+  // Four sums: one would wait for itself at every addition.
+  const auto square = [&](size_t i) { return double{scratch[i]} * double{scratch[i]}; };
+  double a = 0, b = 0, c = 0, d = 0;
+  size_t i = 0;
+  for (; i + 4 <= scratch.size(); i += 4) {
+    a += square(i), b += square(i + 1), c += square(i + 2), d += square(i + 3);
+  }
+  for (; i < scratch.size(); ++i) a += square(i);
+  return std::sqrt(a + b + c + d);
 }
 
 // Bounds of what a linear that reads a norm's output puts out.

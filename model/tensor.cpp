@@ -91,11 +91,17 @@ void convert_to_f32(const TensorView& view, int64_t first, int64_t count, float*
       std::memcpy(out, begin, static_cast<size_t>(count) * 4);
       return;
     case DType::kF16:
+      for (int64_t i = 0; i < count; ++i) {
+        uint16_t bits;
+        std::memcpy(&bits, begin + 2 * i, 2);
+        out[i] = f16_to_f32(bits);
+      }
+      return;
     case DType::kBF16:
       for (int64_t i = 0; i < count; ++i) {
         uint16_t bits;
         std::memcpy(&bits, begin + 2 * i, 2);
-        out[i] = view.dtype == DType::kF16 ? f16_to_f32(bits) : bf16_to_f32(bits);
+        out[i] = bf16_to_f32(bits);
       }
       return;
     case DType::kU8:
