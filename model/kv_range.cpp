@@ -9,7 +9,10 @@
 #include "model/kv_range.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
+#include <limits>
 
 namespace tq {
 namespace {
@@ -19,6 +22,10 @@ constexpr double kRoundedInput = 1.6;
 // Bounds between these are left alone. What a bound allows is some hundred times what a layer puts
 // out as a rule, so the lower ones are where ordinary numbers would be below f16's 2^-14.
 constexpr double kLargest = 60000.0, kSmallestValue = 0x1p-4, kSmallestKey = 1.0;
+// Of queries, which the GPU's f16 kernels multiply by log2(e) / sqrt(head_dim), below 0.6.
+constexpr double kLargestQuery = 100000.0;
+// How far a rough bound may be above the exact one, as a rule.
+constexpr double kRoughness = 16.0;
 // What the bound of a value becomes, and the largest that the bound of a key may.
 constexpr int kValueExponent = 6, kMostKeyExponent = 15;
 
@@ -28,28 +35,57 @@ double largest_magnitude(const std::vector<float>& values) {
   return double{largest};
 }
 
-// |row|, exactly, or from above by the scales alone: no code is larger than 8 or 127.
-double row_norm(const Matrix& m, int64_t row, bool exact, std::vector<float>& scratch) {
-  double sum = 0;
-  if (m.packed() && !exact) {
-    const double code = m.storage == Storage::kQ4 ? 8 : 127;
-    for (int64_t g = 0; g < m.n_groups(); ++g) {
-      const double scale = double{f16_to_f32(m.scales[row * m.n_groups() + g])};
-      sum += scale * scale * static_cast<double>(std::min(m.group, m.cols - g * m.group));
-    }
-    return code * std::sqrt(sum);
+// The largest of `count` floating-point numbers without their signs: bits that order like integers.
+template <typename Bits>
+Bits largest_bits(const void* numbers, int64_t count) {
+  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max();
+  constexpr int64_t kLanes = 16 / sizeof(Bits);
+  typedef Bits Lanes __attribute__((vector_size(16)));  // every x86-64 has these
+  const std::byte* from = static_cast<const std::byte*>(numbers);
+  Lanes lanes = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Lanes next;
+    std::memcpy(&next, from + i * static_cast<int64_t>(sizeof(Bits)), sizeof next);
+    next &= kMagnitude;
+    lanes = next > lanes ? next : lanes;
   }
+  Bits largest = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) largest = std::max(largest, lanes[lane]);
+  for (; i < count; ++i) {
+    Bits next;
+    std::memcpy(&next, from + i * static_cast<int64_t>(sizeof next), sizeof next);
+    largest = std::max(largest, static_cast<Bits>(next & kMagnitude));
+  }
+  return largest;
+}
+uint16_t largest_half(const void* numbers, int64_t count) {
+  return static_cast<uint16_t>(largest_bits<int16_t>(numbers, count));
+}
+
+// At least |row|, at memory speed: from the largest element, which in a packed row is at most 8 or
+// 127 of the largest scales.
+double rough_norm(const Matrix& m, int64_t row) {
+  const std::byte* data = m.data + row * m.row_bytes();
+  double largest = 0;
+  if (m.packed()) {
+    const uint16_t scale = largest_half(m.scales + row * m.n_groups(), m.n_groups());
+    largest = double{f16_to_f32(scale)} * (m.storage == Storage::kQ4 ? 8 : 127);
+  } else if (m.storage == Storage::kF32) {
+    largest = double{std::bit_cast<float>(largest_bits<int32_t>(data, m.cols))};
+  } else {
+    const uint16_t half = largest_half(data, m.cols);
+    largest = double{m.storage == Storage::kF16 ? f16_to_f32(half) : bf16_to_f32(half)};
+  }
+  return largest * std::sqrt(static_cast<double>(m.cols));
+}
+
+double exact_norm(const Matrix& m, int64_t row, std::vector<float>& scratch) {
   scratch.resize(static_cast<size_t>(m.cols));
   matrix_row_f32(m, row, scratch.data());
-  // Four sums: one would wait for itself at every addition.
-  const auto square = [&](size_t i) { return double{scratch[i]} * double{scratch[i]}; };
-  double a = 0, b = 0, c = 0, d = 0;
-  size_t i = 0;
-  for (; i + 4 <= scratch.size(); i += 4) {
-    a += square(i), b += square(i + 1), c += square(i + 2), d += square(i + 3);
-  }
-  for (; i < scratch.size(); ++i) a += square(i);
-  return std::sqrt(a + b + c + d);
+  double sum = 0;
+  for (float value : scratch) sum += double{value} * double{value};
+  return std::sqrt(sum);
 }
 
 // Bounds of what a linear that reads a norm's output puts out.
@@ -61,16 +97,14 @@ class OutputBounds {
                (linear.act.bits < 16 ? kRoundedInput : 1.0)) {}
 
   double of_row(int64_t row, bool exact) {
-    double norm = row_norm(linear_.weight, row, exact, scratch_);
-    if (linear_.branch_a) {
-      norm += row_norm(*linear_.branch_b, row, exact, scratch_) * branch_norm(exact);
-    }
+    double norm = norm_of(linear_.weight, row, exact);
+    if (linear_.branch_a) norm += norm_of(*linear_.branch_b, row, exact) * branch_norm(exact);
     const int exponent = linear_.exponents ? linear_.exponents[row] : 0;
     return std::ldexp(norm * input_, exponent);
   }
   /// Of the length of rows [first, first + count) of one token's output; exactly only where that
-  /// decides something.
-  double of_rows(int64_t first, int64_t count) {
+  /// may decide whether it is below `smallest` or above `largest`.
+  double of_rows(int64_t first, int64_t count, double smallest, double largest) {
     double bound = 0;
     for (bool exact : {false, true}) {
       double sum = 0;
@@ -78,18 +112,21 @@ class OutputBounds {
         sum += std::pow(of_row(row, exact), 2);
       }
       bound = std::sqrt(sum);
-      if (bound <= kLargest) break;
+      if (bound >= kRoughness * smallest && bound <= largest) break;
     }
     return bound;
   }
 
  private:
+  double norm_of(const Matrix& m, int64_t row, bool exact) {
+    return exact ? exact_norm(m, row, scratch_) : rough_norm(m, row);
+  }
   double branch_norm(bool exact) {
     double& known = branch_norms_[exact];
     if (known >= 0) return known;
     double sum = 0;
     for (int64_t row = 0; row < linear_.rank(); ++row) {
-      sum += std::pow(row_norm(*linear_.branch_a, row, exact, scratch_), 2);
+      sum += std::pow(norm_of(*linear_.branch_a, row, exact), 2);
     }
     return known = std::sqrt(sum);
   }
@@ -110,8 +147,8 @@ int key_exponent(double key, double query) {
   return std::clamp(std::max(e, exponent_of(key) - kMostKeyExponent), kMinExponent, -kMinExponent);
 }
 
-bool key_fits(double bound) {
-  return bound == 0 || !(bound < kSmallestKey || bound > kLargest);
+bool fit(double key, double query) {
+  return (key == 0 || !(key < kSmallestKey || key > kLargest)) && !(query > kLargestQuery);
 }
 
 void key_exponents(const Config& c, const Layer& layer, KvExponents& result) {
@@ -123,8 +160,9 @@ void key_exponents(const Config& c, const Layer& layer, KvExponents& result) {
   if (c.has_qk_norm()) {
     const double length = std::sqrt(static_cast<double>(c.head_dim)) * turn;
     const double key = largest_magnitude(layer.k_norm) * length;
-    if (key_fits(key)) return;
-    const int e = key_exponent(key, largest_magnitude(layer.q_norm) * length);
+    const double query = largest_magnitude(layer.q_norm) * length;
+    if (fit(key, query)) return;
+    const int e = key_exponent(key, query);
     set(result.k, c.kv_dim(), 0, c.kv_dim(), -e);
     set(result.q, c.q_dim(), 0, c.q_dim(), e);
     return;
@@ -133,12 +171,13 @@ void key_exponents(const Config& c, const Layer& layer, KvExponents& result) {
   const int64_t shared =
       c.n_heads / c.n_kv_heads * c.head_dim;  // columns of q that read a key head
   for (int64_t head = 0; head < c.n_kv_heads; ++head) {
-    const double key = keys.of_rows(head * c.head_dim, c.head_dim) * turn;
-    if (key_fits(key)) continue;
+    const double key =
+        turn * keys.of_rows(head * c.head_dim, c.head_dim, kSmallestKey / turn, kLargest / turn);
     double query = 0;
     for (int64_t first = head * shared; first < (head + 1) * shared; first += c.head_dim) {
-      query = std::max(query, queries.of_rows(first, c.head_dim) * turn);
+      query = std::max(query, turn * queries.of_rows(first, c.head_dim, 0, kLargestQuery / turn));
     }
+    if (fit(key, query)) continue;
     const int e = key_exponent(key, query);
     set(result.k, c.kv_dim(), head * c.head_dim, c.head_dim, -e);
     set(result.q, c.q_dim(), head * shared, shared, e);
@@ -157,7 +196,8 @@ void value_exponents(const Config& c, const Layer& layer, KvExponents& result) {
   std::vector<double> bounds(static_cast<size_t>(c.head_dim));
   for (int64_t head = 0; head < c.n_kv_heads; ++head) {
     for (int64_t i = 0; i < c.head_dim; ++i) {
-      bounds[static_cast<size_t>(i)] = values.of_rows(head * c.head_dim + i, 1);
+      bounds[static_cast<size_t>(i)] =
+          values.of_rows(head * c.head_dim + i, 1, kSmallestValue, kLargest);
     }
     if (std::all_of(bounds.begin(), bounds.end(), value_fits)) continue;
     const int common = exponent_of(*std::max_element(bounds.begin(), bounds.end()));

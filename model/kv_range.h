@@ -22,7 +22,7 @@ struct KvExponents {
   std::vector<int> q, k, v, out;  // [q_dim], [kv_dim], [kv_dim], [q_dim]
 };
 
-/// Costs a look at every scale of packed wk and wv, or at every element of dense ones.
+/// Costs a look at every scale of packed wq, wk and wv, or at every element of dense ones.
 KvExponents kv_exponents(const Config& config, const Layer& layer);
 
 }  // namespace tq

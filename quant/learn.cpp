@@ -436,6 +436,11 @@ InputBank::InputBank(const Model& model, const Calibration& calibration, const T
           kept.data.insert(kept.data.end(), x, x + rows * cols);
         },
         [] {});
+    for (FloatMatrix& kept : inputs_.back()) {
+      const int exponent = input_exponent(kept.data);
+      if (exponent == 0) continue;
+      for (float& value : kept.data) value = std::ldexp(value, -exponent);
+    }
   }
 }
 

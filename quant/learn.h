@@ -29,7 +29,9 @@ class InputBank {
 
   InputBank(const Model& model, const Calibration& calibration, const Transform& down,
             Backend& backend, int threads, const std::function<void(int64_t layer)>& progress);
-  /// Rows `tokens` of a site, [tokens.size(), n].
+  /// Rows `tokens` of a site, [tokens.size(), n], without the power of two that makes the site's
+  /// inputs ordinary where they are not (input_exponent(); linears read them, so losses relative to
+  /// their outputs are the same).
   FloatMatrix gather(int64_t layer, Site site, const std::vector<int64_t>& tokens) const;
   int64_t n_tokens() const { return n_tokens_; }
   int64_t sample_length() const { return length_; }  // tokens of one sample are neighbours

@@ -11,6 +11,7 @@ namespace {
 
 // The largest weight of a matrix that is left as it is: some hundredths to some tens are usual.
 constexpr float kSmallestOrdinary = 0x1p-8f, kLargestOrdinary = 0x1p10f;
+constexpr float kSmallestInput = 0x1p-20f, kLargestInput = 0x1p20f;
 // Below this share of its row's largest, a group is nothing to a sum in f32.
 constexpr float kNegligible = 0x1p-30f;
 
@@ -129,6 +130,13 @@ void scale_rows(FloatMatrix& w, const std::vector<int8_t>& exponents, int sign, 
       for (int64_t i = 0; i < w.cols; ++i) w.row(row)[i] = std::ldexp(w.row(row)[i], exponent);
     }
   });
+}
+
+int input_exponent(std::span<const float> x) {
+  float largest = 0;
+  for (float value : x) largest = std::max(largest, std::fabs(value));
+  if (largest == 0 || (largest >= kSmallestInput && largest <= kLargestInput)) return 0;
+  return std::clamp(even(exponent_of(largest)), kMinExponent, kMaxExponent - 1);
 }
 
 void balance_powers(LowRank& factors) {

@@ -30,6 +30,11 @@ std::vector<int8_t> row_exponents(const FloatMatrix& w, const RoundingSpec& spec
 /// Row i of w <- 2^(sign * exponents[i]) row i.
 void scale_rows(FloatMatrix& w, const std::vector<int8_t>& exponents, int sign, int threads);
 
+/// The power of two, an even one, that inputs x would lose to be of ordinary magnitude; 0 where
+/// they are. Squares of others leave f32, and whatever is made of all of them is the same for 2^-e
+/// x.
+int input_exponent(std::span<const float> x);
+
 /// A <- 2^t A, B <- 2^-t B with t such that both are of one magnitude, where scales could not hold
 /// one of them as it is: the product stays the same, exactly.
 void balance_powers(LowRank& factors);

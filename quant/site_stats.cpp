@@ -6,6 +6,7 @@
 
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
+#include "quant/magnitude.h"
 
 namespace tq {
 namespace {
@@ -75,6 +76,12 @@ SiteStats::SiteStats(int64_t n, int64_t group, const QuantizeOptions& options)
 
 void SiteStats::add(const float* x, int64_t rows, int threads) {
   const int64_t n = gram_.size();
+  if (gram_.n_rows() == 0) exponent_ = input_exponent({x, static_cast<size_t>(rows * n)});
+  if (exponent_ != 0) {
+    scaled_.resize(static_cast<size_t>(rows * n));
+    for (size_t i = 0; i < scaled_.size(); ++i) scaled_[i] = std::ldexp(x[i], -exponent_);
+    x = scaled_.data();
+  }
   if (searches_clip_ && gram_.n_rows() == 0) act_.clip = search_clip(x, rows, n, act_, threads);
   if (!corrects_ && !fits_) {
     gram_.add(x, rows, threads);

@@ -34,7 +34,8 @@ class SiteStats {
  public:
   /// n: width of the site; group: of the inputs there (input_group).
   SiteStats(int64_t n, int64_t group, const QuantizeOptions& options);
-  /// Adds inputs x [rows, n]. The first call decides the clip factor.
+  /// Adds inputs x [rows, n]. The first call decides the clip factor, and the power of two that all
+  /// x lose where they are far from ordinary (input_exponent()): so do all of the below then.
   void add(const float* x, int64_t rows, int threads);
 
   const Gram& gram() const { return gram_; }
@@ -47,7 +48,8 @@ class SiteStats {
   ActQuant act_;
   Gram gram_;
   FloatMatrix drift_, rounded_;
-  std::vector<float> rounded_rows_, errors_;
+  std::vector<float> rounded_rows_, errors_, scaled_;
+  int exponent_ = 0;
 };
 
 /// The four sites of a layer.

@@ -106,14 +106,15 @@ std::vector<QuantizeOptions> all_methods() {
 
 TEST(Magnitude, EveryMethodMakesTheSameLogitsOfAModelWhoseScalesLeaveF16) {
   const TinyModel ordinary(false, 3);
-  TinyModel quiet(false, 3), loud(false, 3);
+  TinyModel quiet(false, 3), loud(false, 3), extreme(false, 3);
   scale_values(quiet, -24);
   scale_values(loud, 24);
+  scale_values(extreme, -80);  // squares leave f32 too
   for (const QuantizeOptions& options : all_methods()) {
     SCOPED_TRACE(testing::Message() << describe_options(options));
     const Quantized expected = quantize(ordinary.model(), options);
     EXPECT_LT(expected.version, 5u);
-    for (const TinyModel* tiny : {&quiet, &loud}) {
+    for (const TinyModel* tiny : {&quiet, &loud, &extreme}) {
       const Quantized got = quantize(tiny->model(), options);
       EXPECT_EQ(got.version, 5u);
       // Powers of two change no rounding of f32 on the way to the same codes.
@@ -214,6 +215,23 @@ TEST(Magnitude, KeysAndValuesOfOrdinaryModelsAreStoredAsTheyAre) {
       EXPECT_TRUE(exponents.q.empty() && exponents.k.empty());
       EXPECT_TRUE(exponents.v.empty() && exponents.out.empty());
     }
+  }
+}
+
+// Keys of ordinary size, but queries beyond the f16 of a GPU's attention. How much is shared
+// depends on how roughly each was bounded.
+TEST(Magnitude, HugeQueriesShareTheirPowersWithKeys) {
+  TinyModel tiny(false, 3);
+  multiply(weights(tiny, 1, kWq), 0x1p12);
+  multiply(weights(tiny, 1, kWk), 0x1p-6);
+  const Config& c = tiny.model().config;
+  const KvExponents exponents = kv_exponents(c, tiny.model().layers[1]);
+  ASSERT_EQ(std::ssize(exponents.q), c.q_dim());
+  ASSERT_EQ(std::ssize(exponents.k), c.kv_dim());
+  for (int64_t i = 0; i < c.q_dim(); ++i) {
+    const int64_t key = i / c.head_dim / (c.n_heads / c.n_kv_heads) * c.head_dim;
+    EXPECT_EQ(exponents.q[static_cast<size_t>(i)], -exponents.k[static_cast<size_t>(key)]);
+    EXPECT_NEAR(exponents.q[static_cast<size_t>(i)], -8, 2);
   }
 }
 
