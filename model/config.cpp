@@ -5,6 +5,7 @@
 #include "model/config.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <iterator>
 #include <string_view>
 
@@ -47,7 +48,20 @@ constexpr std::string_view kIgnorableKeys[] = {
     "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
     "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
     "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
-    "temperature", "top_k", "top_p", "typical_p"};
+    "temperature", "top_k", "top_p", "typical_p",
+    "unsloth_tiled_mlp", "_unsloth_temporary_saved_buffers", "trust_remote_code", "loss_type",
+    "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout", "classifier_dropout",
+    "label_smoothing", "output_router_logits", "router_aux_loss_coef", "use_flash_attn",
+    "use_flash_attention", "use_flash_attention_2", "flash_attn", "use_flashattn", "use_sdpa",
+    "use_fused_cross_entropy", "logits_to_keep", "cache_implementation", "model_max_length",
+    "tokenizer_model_max_length", "max_sequence_length", "max_new_tokens", "unk_token_id",
+    "bos_token", "eos_token", "pad_token", "unk_token", "base_model", "model_name", "license",
+    "language", "tags", "library_name", "pipeline_tag", "ignore_index", 
+    "keys_to_ignore_at_inference"};
+
+// Keys of other models that fine-tuning tools write with the value that turns them off.
+constexpr std::string_view kFalseKeys[] = {"use_mrope", "qkv_bias", "use_qkv_bias", "use_bias",
+                                           "use_moe"};
 // clang-format on
 
 // Bounds: generous for models of these families, small enough that products of two fit 64 bits.
@@ -60,6 +74,7 @@ void check_no_unknown_keys(const Json& json, const std::string& where) {
   };
   for (const auto& [key, value] : json.items()) {
     if (value.is_null() || listed(kReadKeys, key) || listed(kIgnorableKeys, key)) continue;
+    if (value == false && listed(kFalseKeys, key)) continue;
     throw Error(ErrorKind::kBadData, "unknown config field", where, field_text(key, value),
                 "it may change the results, so it is not ignored");
   }
@@ -205,6 +220,16 @@ Config parse_config(const std::string& json_text, const std::string& where) {
   c.norm_eps = static_cast<float>(require_number(json, "rms_norm_eps", 1e-30, 1.0, where));
   c.tied = optional_bool(json, "tie_word_embeddings", false, where);
   c.rope = parse_rope(json, c.max_seq_len, where);
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {
+    if (has_value(json, key) && has_value(json[key], "attn_factor")) {
+      char factor[32];
+      std::snprintf(factor, sizeof factor, "%.4f", c.rope.attention_factor);
+      c.notes.push_back(std::string("attn_factor in ") + key +
+                        " of config.json is not followed, as in transformers, which reads "
+                        "attention_factor: that is " +
+                        factor + " here");
+    }
+  }
   c.eos_ids = parse_eos(json, where);
   return c;
 }

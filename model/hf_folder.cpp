@@ -89,7 +89,7 @@ class FolderReader {
   Model read() {
     const Config& c = config_;
     Model model;
-    model.tok_embed = matrix("model.embed_tokens.weight", c.vocab_size, c.dim);
+    model.tok_embed = matrix(embedding_name(), c.vocab_size, c.dim);
     model.lm_head.weight = head(model.tok_embed);
     model.final_norm = vector("model.norm.weight", c.dim);
     for (int64_t i = 0; i < c.n_layers; ++i) model.layers.push_back(layer(i));
@@ -127,6 +127,13 @@ class FolderReader {
     layer.w_up = linear("mlp.up_proj", c.hidden_dim, c.dim);
     layer.w_down = linear("mlp.down_proj", c.dim, c.hidden_dim);
     return layer;
+  }
+
+  // A tied model may keep its one table under the head's name.
+  std::string embedding_name() const {
+    const std::string name = "model.embed_tokens.weight", head = "lm_head.weight";
+    const SafetensorsFolder& shards = storage_->shards;
+    return config_.tied && !shards.contains(name) && shards.contains(head) ? head : name;
   }
 
   // The four cases of tied embeddings: flag and tensor list must tell the same story.

@@ -72,8 +72,10 @@ void check_yarn_factor(const RopeConfig& rope, int64_t max_seq_len, const std::s
 
 void parse_yarn(const Json& json, int64_t max_seq_len, RopeConfig& rope, const std::string& where) {
   only_keys(json,
-            {"factor", "beta_fast", "beta_slow", "attention_factor", "truncate",
-             "original_max_position_embeddings"},
+            {"factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
+             "truncate", "original_max_position_embeddings",
+             // transformers reads neither: the first is noted, the second says how it was trained
+             "attn_factor", "finetuned"},
             where);
   rope.kind = RopeKind::kYarn;
   rope.factor = require_number(json, "factor", 1, kMaxFactor, where);
@@ -90,8 +92,13 @@ void parse_yarn(const Json& json, int64_t max_seq_len, RopeConfig& rope, const s
                      where);
   }
   rope.truncate = optional_bool(json, "truncate", true, where);
-  rope.attention_factor = number_or(json, "attention_factor", 0.1 * std::log(rope.factor) + 1.0,
-                                    kTiny, kMaxFactor, where);
+  const auto scale = [&](double weight) { return 0.1 * weight * std::log(rope.factor) + 1.0; };
+  const double mscale = number_or(json, "mscale", 0, 0, kMaxFactor, where);
+  const double mscale_all_dim = number_or(json, "mscale_all_dim", 0, 0, kMaxFactor, where);
+  const bool both = mscale != 0 && mscale_all_dim != 0;
+  rope.attention_factor =
+      number_or(json, "attention_factor", both ? scale(mscale) / scale(mscale_all_dim) : scale(1),
+                kTiny, kMaxFactor, where);
 }
 
 // rope_scaling (v4) or rope_parameters (v5) in one spelling: no nulls, "rope_type" always there,

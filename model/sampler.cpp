@@ -7,6 +7,16 @@
 #include "model/error.h"
 
 namespace tq {
+namespace {
+
+// Ties by id, so that the order, and with it the draw, does not depend on the sort.
+bool before(const Candidate& a, const Candidate& b) {
+  const bool a_broken = !std::isfinite(a.logit), b_broken = !std::isfinite(b.logit);
+  if (a_broken || b_broken) return a_broken != b_broken ? a_broken : a.id < b.id;
+  return a.logit > b.logit || (!(a.logit < b.logit) && a.id < b.id);
+}
+
+}  // namespace
 
 Sampler::Sampler(const SamplerOptions& options) : options_(options), state_(options.seed) {}
 
@@ -19,12 +29,6 @@ double Sampler::uniform() {
 }
 
 void top_candidates(std::span<const float> logits, int64_t count, std::vector<Candidate>& out) {
-  // Ties by id, so that the order, and with it the draw, does not depend on the sort.
-  const auto before = [](const Candidate& a, const Candidate& b) {
-    const bool a_broken = !std::isfinite(a.logit), b_broken = !std::isfinite(b.logit);
-    if (a_broken || b_broken) return a_broken != b_broken ? a_broken : a.id < b.id;
-    return a.logit > b.logit || (!(a.logit < b.logit) && a.id < b.id);
-  };
   const size_t keep =
       count > 0 ? std::min(static_cast<size_t>(count), logits.size()) : logits.size();
   out.clear();
@@ -41,9 +45,42 @@ void top_candidates(std::span<const float> logits, int64_t count, std::vector<Ca
   std::sort_heap(out.begin(), out.end(), before);
 }
 
+void Sampler::begin(std::span<const int32_t> context) {
+  seen_.clear();
+  if (penalizes()) seen_.insert(context.begin(), context.end());
+}
+
+int64_t Sampler::n_candidates() const {
+  const int64_t kept = options_.temperature <= 0 ? 1 : options_.top_k;
+  if (!penalizes() || kept == 0) return kept;
+  // A penalty above 1 lets at most the tokens that occurred fall; one below 1 lets any rise.
+  return options_.repetition_penalty > 1 ? kept + static_cast<int64_t>(seen_.size()) : 0;
+}
+
+void Sampler::penalize(std::span<const Candidate> candidates, std::vector<Candidate>& out) const {
+  const auto penalty = static_cast<float>(options_.repetition_penalty);
+  out.assign(candidates.begin(), candidates.end());
+  for (Candidate& candidate : out) {
+    if (!seen_.count(candidate.id)) continue;
+    candidate.logit = candidate.logit < 0 ? candidate.logit * penalty : candidate.logit / penalty;
+  }
+  std::sort(out.begin(), out.end(), before);
+  const auto kept = static_cast<size_t>(options_.temperature <= 0 ? 1 : options_.top_k);
+  if (kept > 0 && out.size() > kept) out.resize(kept);
+}
+
 int32_t Sampler::sample(std::span<const Candidate> candidates) {
   TQ_CHECK(!candidates.empty());
   TQ_CHECK(std::isfinite(candidates[0].logit), "a logit is not a number");
+  if (!penalizes()) return draw(candidates);
+  std::vector<Candidate> penalized;
+  penalize(candidates, penalized);
+  const int32_t id = draw(penalized);
+  seen_.insert(id);
+  return id;
+}
+
+int32_t Sampler::draw(std::span<const Candidate> candidates) {
   if (options_.temperature <= 0) return candidates[0].id;
 
   size_t keep = candidates.size();

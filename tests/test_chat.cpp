@@ -333,21 +333,21 @@ TEST(StopTokens, ThatDoNotExistAreErrors) {
 
 TEST(SamplingDefaults, FollowGenerationConfig) {
   ModelTexts texts;
-  EXPECT_EQ(sampling_defaults(texts, "t").temperature, 0);
+  EXPECT_EQ(sampling_of(texts, {}, "t").temperature, 0);
   texts.generation_config = R"({"temperature": 0.6, "top_p": 0.9})";  // do_sample is missing
-  EXPECT_EQ(sampling_defaults(texts, "t").temperature, 0);
+  EXPECT_EQ(sampling_of(texts, {}, "t").temperature, 0);
   texts.generation_config =
       R"({"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "pad_token_id": 1})";
-  SamplingDefaults qwen = sampling_defaults(texts, "t");
+  Sampling qwen = sampling_of(texts, {}, "t");
   EXPECT_EQ(qwen.temperature, 0.6);
   EXPECT_EQ(qwen.top_k, 20);
   EXPECT_EQ(qwen.top_p, 0.95);
   EXPECT_EQ(qwen.min_p, 0);
   texts.generation_config = R"({"do_sample": true, "temperature": 0.6, "top_p": 0.9})";
-  EXPECT_EQ(sampling_defaults(texts, "t").top_k, 50);  // transformers' own default
+  EXPECT_EQ(sampling_of(texts, {}, "t").top_k, 50);  // transformers' own default
   texts.generation_config = R"({"do_sample": true, "top_k": null, "min_p": 0.1})";
-  EXPECT_EQ(sampling_defaults(texts, "t").top_k, 0);
-  EXPECT_EQ(sampling_defaults(texts, "t").min_p, 0.1);
+  EXPECT_EQ(sampling_of(texts, {}, "t").top_k, 0);
+  EXPECT_EQ(sampling_of(texts, {}, "t").min_p, 0.1);
 }
 
 TEST(SamplingDefaults, RefuseWhatWouldChangeTheText) {
@@ -355,7 +355,7 @@ TEST(SamplingDefaults, RefuseWhatWouldChangeTheText) {
   for (const char* good : {R"({"repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": null})",
                            R"({"suppress_tokens": []})"}) {
     texts.generation_config = good;
-    EXPECT_NO_THROW(sampling_defaults(texts, "t")) << good;
+    EXPECT_NO_THROW(sampling_of(texts, {}, "t")) << good;
   }
   for (const char* bad :
        {R"({"repetition_penalty": 1.05})", R"({"num_beams": 4})", R"({"bad_words_ids": [[1]]})",
@@ -363,7 +363,7 @@ TEST(SamplingDefaults, RefuseWhatWouldChangeTheText) {
         R"({"do_sample": true, "top_k": -1})", R"({"do_sample": true, "top_k": 1.5})",
         R"({"do_sample": "yes"})"}) {
     texts.generation_config = bad;
-    EXPECT_THROW(sampling_defaults(texts, "t"), Error) << bad;
+    EXPECT_THROW(sampling_of(texts, {}, "t"), Error) << bad;
   }
 }
 

@@ -22,6 +22,25 @@ size_t previous_char(std::string_view text, size_t at) {
 
 }  // namespace
 
+AddedToken read_added_token(const Json& json, const std::string& where) {
+  check_keys(json,
+             {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special",
+              "__type"},
+             "added token", where);
+  AddedToken token;
+  token.content = require_string(json, "content", where);
+  token.special = optional_bool(json, "special", false, where);
+  token.normalized = optional_bool(json, "normalized", !token.special, where);
+  token.single_word = optional_bool(json, "single_word", false, where);
+  token.lstrip = optional_bool(json, "lstrip", false, where);
+  token.rstrip = optional_bool(json, "rstrip", false, where);
+  if (token.content.empty() || token.content.size() > kMaxTokenBytes) {
+    bad_tokenizer("added token '" + token.content.substr(0, 40) + "'", where,
+                  "content must have 1 to " + std::to_string(kMaxTokenBytes) + " bytes");
+  }
+  return token;
+}
+
 std::vector<AddedToken> parse_added_tokens(const Json* json, const std::string& where) {
   std::vector<AddedToken> tokens;
   if (!json) return tokens;
@@ -29,20 +48,8 @@ std::vector<AddedToken> parse_added_tokens(const Json* json, const std::string& 
   std::unordered_set<std::string> contents;
   std::unordered_set<int32_t> ids;
   for (const Json& item : *json) {
-    check_keys(item, {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"},
-               "added token", where);
-    AddedToken token;
-    token.content = require_string(item, "content", where);
+    AddedToken token = read_added_token(item, where);
     token.id = static_cast<int32_t>(require_int(item, "id", 0, INT32_MAX - 1, where));
-    token.special = optional_bool(item, "special", false, where);
-    token.normalized = optional_bool(item, "normalized", !token.special, where);
-    token.single_word = optional_bool(item, "single_word", false, where);
-    token.lstrip = optional_bool(item, "lstrip", false, where);
-    token.rstrip = optional_bool(item, "rstrip", false, where);
-    if (token.content.empty() || token.content.size() > kMaxTokenBytes) {
-      bad_tokenizer("added token " + std::to_string(token.id), where,
-                    "content must have 1 to " + std::to_string(kMaxTokenBytes) + " bytes");
-    }
     if (!contents.insert(token.content).second) {
       bad_tokenizer("added token '" + token.content + "'", where, "is listed twice");
     }
@@ -128,7 +135,7 @@ bool TokenFinder::touches_word(std::string_view text, size_t begin, size_t end,
   return !matches.empty();
 }
 
-void TokenFinder::split(std::string_view text, RegexScratch& scratch,
+void TokenFinder::split(std::string_view text, bool match_special, RegexScratch& scratch,
                         std::vector<Segment>& segments) const {
   if (tokens_.empty()) {
     if (!text.empty()) segments.push_back({text, -1});
@@ -145,6 +152,7 @@ void TokenFinder::split(std::string_view text, RegexScratch& scratch,
     const AddedToken& token = tokens_[static_cast<size_t>(index)];
     size_t begin = at;
     at = end;  // the search goes on behind the match even if the match is refused
+    if (token.special && !match_special) continue;
     if (token.single_word && touches_word(text, begin, end, scratch)) continue;
     if (token.lstrip) {
       while (begin > done) {

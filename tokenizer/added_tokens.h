@@ -24,7 +24,15 @@ struct AddedToken {
   bool normalized = false;              // matched after the normalizer, in its normalized form
   bool single_word = false;             // only where no word character touches it
   bool lstrip = false, rstrip = false;  // takes the white space beside it
+
+  bool same_flags(const AddedToken& other) const {
+    return special == other.special && normalized == other.normalized &&
+           single_word == other.single_word && lstrip == other.lstrip && rstrip == other.rstrip;
+  }
 };
+
+/// One token but for its id, with the defaults of the tokenizers library. Throws Error(kBadData).
+AddedToken read_added_token(const Json& json, const std::string& where);
 
 /// The "added_tokens" list. Throws Error(kBadData) for unknown keys, duplicates and bad values.
 std::vector<AddedToken> parse_added_tokens(const Json* json, const std::string& where);
@@ -41,7 +49,9 @@ class TokenFinder {
   /// Keeps the tokens whose `normalized` equals the argument.
   TokenFinder(const std::vector<AddedToken>& tokens, bool normalized, const Normalizer& normalizer);
   /// Appends the segments of `text` in order; they cover it, except for text that rstrip took.
-  void split(std::string_view text, RegexScratch& scratch, std::vector<Segment>& segments) const;
+  /// Without `match_special`, special tokens are ordinary text.
+  void split(std::string_view text, bool match_special, RegexScratch& scratch,
+             std::vector<Segment>& segments) const;
 
  private:
   struct Node {

@@ -8,6 +8,7 @@
 
 #include "tokenizer/component.h"
 #include "tokenizer/pretokenize.h"
+#include "tokenizer/tokenizer.h"
 #include "tokenizer/utf8.h"
 
 namespace tq {
@@ -249,6 +250,20 @@ size_t Bpe::find_cut(std::string_view text) const {
 int32_t Bpe::id_of(std::string_view text) const {
   const auto found = ids_.find(text);
   return found == ids_.end() ? -1 : found->second;
+}
+
+bool Bpe::can_make(int32_t id) const {
+  const std::string& text = strings_[static_cast<size_t>(id)];
+  if (count_chars(text) == 1 || std::find(byte_id_.begin(), byte_id_.end(), id) != byte_id_.end()) {
+    return true;
+  }
+  std::string bytes;
+  if (ignore_merges_ &&
+      (!byte_level_ || (letters_to_bytes(text, bytes) && is_valid_utf8(bytes)))) {
+    return true;
+  }
+  return std::any_of(merges_.begin(), merges_.end(),
+                     [&](const Merge& merge) { return merge.merged == id; });
 }
 
 const Bpe::Merge* Bpe::find_merge(int32_t left, int32_t right) const {

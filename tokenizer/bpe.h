@@ -27,6 +27,8 @@ class Bpe {
   const std::vector<std::string>& strings() const { return strings_; }
   /// Id of a vocabulary string, or -1.
   int32_t id_of(std::string_view text) const;
+  /// Whether encode() can yield this id of the vocabulary.
+  bool can_make(int32_t id) const;
   int64_t n_vocab() const { return static_cast<int64_t>(ids_.size()); }
   int64_t n_merges() const { return n_merges_; }
   bool byte_fallback() const { return byte_fallback_; }

@@ -66,13 +66,26 @@ void make_every_second_a_conversation(const Tokenizer& tokenizer, ChatKind kind,
 std::vector<int32_t> stop_tokens(const ModelTexts& texts, const Config& config,
                                  const Tokenizer& tokenizer, const std::string& where);
 
-/// Sampling defaults; from generation_config.json where present, else greedy.
-struct SamplingDefaults {
+/// What a user asks for; the rest is the model's.
+struct SamplingWishes {
+  std::optional<double> temperature, top_p, min_p, repetition_penalty;
+  std::optional<int64_t> top_k;
+  /// True if the user decides how to sample, whatever else the model's file asks for.
+  bool any() const { return temperature || top_p || min_p || repetition_penalty || top_k; }
+};
+
+struct Sampling {
   double temperature = 0;  // 0 = greedy
   int64_t top_k = 0;       // 0 = off
   double top_p = 1.0;
   double min_p = 0;
+  double repetition_penalty = 1.0;
+  std::vector<std::string> notes;  // options of the model that are not followed, a sentence each
 };
-SamplingDefaults sampling_defaults(const ModelTexts& texts, const std::string& where);
+/// The wishes, over generation_config.json where present, else greedy. Only what counts is read:
+/// greedy decoding has no top_k. Throws kBadData for a value out of range, and, where nothing is
+/// wished, for options that tq does not have; with wishes those are notes.
+Sampling sampling_of(const ModelTexts& texts, const SamplingWishes& wishes,
+                     const std::string& where);
 
 }  // namespace tq

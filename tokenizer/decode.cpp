@@ -137,6 +137,27 @@ void Decoder::strip(std::string_view text, DecodeState& state, std::string& out)
   out.append(text);
 }
 
+void Decoder::append_added(std::string_view content, std::string_view normalized,
+                           DecodeState& state, std::string& out) const {
+  const bool first = state.first;
+  state.first = false;
+  if (kind_ == Kind::kJoin && !first) out += ' ';
+  // Only these decoders undo a normalizer that writes spaces as a character.
+  if (content == normalized || (kind_ != Kind::kChain && kind_ != Kind::kMetaspace)) {
+    state.strip_left = 0;
+    out.append(content);
+    return;
+  }
+  std::string text(normalized);
+  for (const auto& [from, to] : replacements_) text = replace_all(text, from, to);
+  if (kind_ == Kind::kMetaspace) {
+    const bool drop = first && drop_first_marks_ && text.starts_with(' ');
+    out.append(text, drop ? 1 : 0);
+    return;
+  }
+  strip(text, state, out);
+}
+
 void Decoder::append(std::string_view token, DecodeState& state, std::string& out) const {
   const bool first = state.first;
   state.first = false;

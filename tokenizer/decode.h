@@ -24,6 +24,10 @@ class Decoder {
 
   /// Appends the bytes of the next token, given as its vocabulary string.
   void append(std::string_view token, DecodeState& state, std::string& out) const;
+  /// The same for an added token, whose content is text. `normalized`: its form in normalized text,
+  /// where that is what it stands for ("\u2581word" for "word").
+  void append_added(std::string_view content, std::string_view normalized, DecodeState& state,
+                    std::string& out) const;
 
  private:
   enum class Kind { kJoin, kByteLevel, kMetaspace, kChain };

@@ -9,6 +9,9 @@
 namespace tq {
 namespace {
 
+constexpr const char* kHint =
+    "correct it, or run with --ignore-eos and name the end with --stop";
+
 Json parse_object(const std::string& text, const std::string& where) {
   if (text.empty()) return Json::object();
   Json json = parse_json(text, where);
@@ -20,7 +23,8 @@ void add_stop(int64_t id, const char* source, const Tokenizer& tokenizer, const 
               std::vector<int32_t>& ids) {
   if (id < 0 || id >= tokenizer.size()) {
     throw Error(ErrorKind::kBadData, std::string("eos_token_id in ") + source, where,
-                std::to_string(id) + " is no token: there are " + std::to_string(tokenizer.size()));
+                std::to_string(id) + " is no token: there are " + std::to_string(tokenizer.size()),
+                kHint);
   }
   ids.push_back(static_cast<int32_t>(id));
 }
@@ -40,8 +44,7 @@ struct Neutral {
   const char* key;
   double value;
 };
-constexpr Neutral kUnsupported[] = {{"repetition_penalty", 1},
-                                    {"encoder_repetition_penalty", 1},
+constexpr Neutral kUnsupported[] = {{"encoder_repetition_penalty", 1},
                                     {"typical_p", 1},
                                     {"epsilon_cutoff", 0},
                                     {"eta_cutoff", 0},
@@ -64,29 +67,26 @@ constexpr const char* kUnsupportedLists[] = {"bad_words_ids",
                                              "stop_strings",
                                              "watermarking_config"};
 
-void refuse_unsupported(const Json& json, const std::string& where) {
+// The options in force that tq does not have, with their values.
+std::vector<std::string> unsupported_options(const Json& json, const std::string& where) {
+  std::vector<std::string> found;
   for (const Neutral& key : kUnsupported) {
-    const double value = optional_number(json, key.key, key.value, where);
-    if (value != key.value) {
-      throw Error(ErrorKind::kBadData, std::string("generation_config.json: ") + key.key, where,
-                  "this sampling option is not supported", "remove the key");
-    }
+    if (optional_number(json, key.key, key.value, where) != key.value) found.push_back(key.key);
   }
   for (const char* key : kUnsupportedLists) {
     const Json* value = member(json, key);
-    if (value && !(value->is_array() && value->empty())) {
-      throw Error(ErrorKind::kBadData, std::string("generation_config.json: ") + key, where,
-                  "this generation option is not supported", "remove the key");
-    }
+    if (value && !(value->is_array() && value->empty())) found.push_back(key);
   }
+  return found;
 }
 
+// A value of generation_config.json that counts only if the user gives no `option`.
 double number_in(const Json& json, const char* key, double fallback, double low, double high,
-                 const std::string& where) {
+                 const char* option, const std::string& where) {
   const double value = optional_number(json, key, fallback, where);
   if (!(value >= low && value <= high)) {  // also false for NaN
     throw Error(ErrorKind::kBadData, std::string("generation_config.json: ") + key, where,
-                "is out of range");
+                "is out of range", std::string("give ") + option);
   }
   return value;
 }
@@ -115,7 +115,7 @@ std::vector<int32_t> stop_tokens(const ModelTexts& texts, const Config& config,
     const std::optional<int32_t> id = tokenizer.id_of(text);
     if (!id) {
       throw Error(ErrorKind::kBadData, "eos_token '" + text + "' in tokenizer_config.json", where,
-                  "is not a token");
+                  "is not a token", kHint);
     }
     ids.push_back(*id);
   }
@@ -130,20 +130,43 @@ std::vector<int32_t> stop_tokens(const ModelTexts& texts, const Config& config,
   return ids;
 }
 
-SamplingDefaults sampling_defaults(const ModelTexts& texts, const std::string& where) {
-  SamplingDefaults defaults;
+Sampling sampling_of(const ModelTexts& texts, const SamplingWishes& wishes,
+                     const std::string& where) {
   const Json json = parse_object(texts.generation_config, where);
-  refuse_unsupported(json, where);
+  Sampling sampling;
+  for (const std::string& key : unsupported_options(json, where)) {
+    if (!wishes.any()) {
+      throw Error(ErrorKind::kBadData, "generation_config.json: " + key, where,
+                  "this generation option is not supported",
+                  "say how to choose tokens, for example with --temp 0 or --temp 0.7 --top-p 0.9");
+    }
+    sampling.notes.push_back(key + " of generation_config.json is not supported and not followed");
+  }
+  const auto number = [&](const std::optional<double>& wish, const char* key, double fallback,
+                          double low, double high, const char* option) {
+    return wish ? *wish : number_in(json, key, fallback, low, high, option, where);
+  };
+  sampling.repetition_penalty = number(wishes.repetition_penalty, "repetition_penalty", 1, 0.01,
+                                       100, "--repeat-penalty");
   // Without do_sample transformers decodes greedily, whatever the other fields say.
-  if (!optional_bool(json, "do_sample", false, where)) return defaults;
-  defaults.temperature = number_in(json, "temperature", 1.0, 0, 100, where);
-  // 50 is what transformers uses when the file has no top_k.
-  defaults.top_k = member(json, "top_k") || json.find("top_k") == json.end()
-                       ? optional_int(json, "top_k", 50, 0, INT32_MAX, where)
-                       : 0;
-  defaults.top_p = number_in(json, "top_p", 1.0, 0, 1, where);
-  defaults.min_p = number_in(json, "min_p", 0.0, 0, 1, where);
-  return defaults;
+  const auto sampled = [&] { return optional_bool(json, "do_sample", false, where); };
+  if (wishes.temperature || sampled()) {
+    sampling.temperature = number(wishes.temperature, "temperature", 1, 0, 100, "--temp");
+  }
+  if (sampling.temperature == 0) return sampling;
+  sampling.top_k = wishes.top_k.value_or(0);
+  sampling.top_p = wishes.top_p.value_or(1);
+  sampling.min_p = wishes.min_p.value_or(0);
+  if ((wishes.top_k && wishes.top_p && wishes.min_p) || !sampled()) return sampling;
+  if (!wishes.top_k) {
+    // 50 is what transformers uses when the file has no top_k; null turns it off.
+    const double fallback = json.find("top_k") == json.end() ? 50 : 0;
+    const double value = number_in(json, "top_k", fallback, 0, INT32_MAX, "--top-k", where);
+    sampling.top_k = optional_int(json, "top_k", static_cast<int64_t>(value), 0, INT32_MAX, where);
+  }
+  sampling.top_p = number(wishes.top_p, "top_p", 1, 0, 1, "--top-p");
+  sampling.min_p = number(wishes.min_p, "min_p", 0, 0, 1, "--min-p");
+  return sampling;
 }
 
 }  // namespace tq

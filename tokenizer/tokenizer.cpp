@@ -9,6 +9,7 @@
 #include "tokenizer/added_tokens.h"
 #include "tokenizer/bpe.h"
 #include "tokenizer/component.h"
+#include "tokenizer/config_tokens.h"
 #include "tokenizer/decode.h"
 #include "tokenizer/normalize.h"
 #include "tokenizer/post_process.h"
@@ -28,9 +29,15 @@ struct Tokenizer::Impl {
   std::vector<std::string> pieces;  // by id
   std::vector<bool> special;        // by id
   std::unordered_map<std::string, int32_t> added_ids;
+  // Normalized forms of the added tokens that stand for their own text, not for a string of the
+  // vocabulary that BPE makes as well.
+  std::unordered_map<int32_t, std::string> added_texts;
+  std::vector<std::string> notes;
 
-  static std::unique_ptr<Impl> read(const Json& json, const std::string& where);
+  static std::unique_ptr<Impl> read(const Json& json, const std::string& where,
+                                    const Json& config, const std::string& config_where);
   void number_ids();
+  void note_texts();
   void check_id(int32_t id) const;
 };
 
@@ -47,7 +54,9 @@ struct EncodeScratch {
 
 }  // namespace
 
-std::unique_ptr<Tokenizer::Impl> Tokenizer::Impl::read(const Json& json, const std::string& where) {
+std::unique_ptr<Tokenizer::Impl> Tokenizer::Impl::read(const Json& json, const std::string& where,
+                                                       const Json& config,
+                                                       const std::string& config_where) {
   // truncation and padding describe batches of the training library; encode() does neither.
   check_keys(json,
              {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer",
@@ -61,6 +70,9 @@ std::unique_ptr<Tokenizer::Impl> Tokenizer::Impl::read(const Json& json, const s
   auto added = parse_added_tokens(member(json, "added_tokens"), where);
   auto bpe =
       Bpe::from_json(require(json, "model", where), pre_tokenizer.byte_level(), added, where);
+  int32_t next_id = static_cast<int32_t>(bpe.strings().size());
+  for (const AddedToken& token : added) next_id = std::max(next_id, token.id + 1);
+  add_config_tokens(config, bpe, next_id, added, config_where);
   TokenFinder raw(added, false, normalizer), normalized(added, true, normalizer);
   auto impl = std::unique_ptr<Impl>(new Impl{where,
                                              std::move(normalizer),
@@ -73,10 +85,15 @@ std::unique_ptr<Tokenizer::Impl> Tokenizer::Impl::read(const Json& json, const s
                                              {},
                                              {},
                                              {},
+                                             {},
+                                             {},
                                              {}});
   impl->number_ids();
+  impl->note_texts();
   impl->post_processor = PostProcessor::from_json(member(json, "post_processor"),
                                                   static_cast<int64_t>(impl->pieces.size()), where);
+  const std::string note = post_processor_note(config, impl->post_processor, impl->added);
+  if (!note.empty()) impl->notes.push_back(note);
   return impl;
 }
 
@@ -121,6 +138,17 @@ void Tokenizer::Impl::number_ids() {
   }
 }
 
+void Tokenizer::Impl::note_texts() {
+  for (const AddedToken& token : added) {
+    if (bpe.id_of(token.content) >= 0 && bpe.can_make(token.id)) continue;
+    std::string& form = added_texts.emplace(token.id, token.content).first->second;
+    if (token.normalized && !normalizer.empty()) {
+      RegexScratch scratch(form.size());
+      form = normalizer.apply(form, scratch);
+    }
+  }
+}
+
 void Tokenizer::Impl::check_id(int32_t id) const {
   if (id < 0 || static_cast<size_t>(id) >= pieces.size()) {
     throw Error(ErrorKind::kBadData, "token id " + std::to_string(id), where,
@@ -134,7 +162,16 @@ Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 Tokenizer::~Tokenizer() = default;
 
 Tokenizer Tokenizer::from_json(const std::string& json_text, const std::string& where) {
-  return Tokenizer(Impl::read(parse_json(json_text, where), where));
+  return Tokenizer(Impl::read(parse_json(json_text, where), where, Json::object(), ""));
+}
+
+Tokenizer Tokenizer::from_texts(const ModelTexts& texts, const std::string& source) {
+  const std::string where = source + ": tokenizer.json";
+  const std::string config_where = source + ": tokenizer_config.json";
+  Json config = Json::object();
+  if (!texts.tokenizer_config.empty()) config = parse_json(texts.tokenizer_config, config_where);
+  if (!config.is_object()) bad_tokenizer("top level", config_where, "must be an object");
+  return Tokenizer(Impl::read(parse_json(texts.tokenizer, where), where, config, config_where));
 }
 
 int64_t Tokenizer::size() const {
@@ -152,11 +189,7 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,
   if (add_special) ids = impl.post_processor.before;
 
   std::vector<Segment> raw, rest;
-  if (parse_special) {
-    impl.raw_finder.split(text, scratch.regex, raw);
-  } else if (!text.empty()) {
-    raw.push_back({text, -1});
-  }
+  impl.raw_finder.split(text, parse_special, scratch.regex, raw);
   for (size_t i = 0; i < raw.size(); ++i) {
     if (raw[i].id >= 0) {
       ids.push_back(raw[i].id);
@@ -169,11 +202,7 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,
       stretch = normalized;
     }
     rest.clear();
-    if (parse_special) {
-      impl.normalized_finder.split(stretch, scratch.regex, rest);
-    } else if (!stretch.empty()) {
-      rest.push_back({stretch, -1});
-    }
+    impl.normalized_finder.split(stretch, parse_special, scratch.regex, rest);
     for (size_t j = 0; j < rest.size(); ++j) {
       if (rest[j].id >= 0) {
         ids.push_back(rest[j].id);
@@ -196,7 +225,12 @@ void Tokenizer::append_decoded(int32_t id, bool skip_special, DecodeState& state
   impl_->check_id(id);
   const auto index = static_cast<size_t>(id);
   if (skip_special && impl_->special[index]) return;
-  impl_->decoder.append(impl_->pieces[index], state, out);
+  const auto added = impl_->added_texts.find(id);
+  if (added == impl_->added_texts.end()) {
+    impl_->decoder.append(impl_->pieces[index], state, out);
+  } else {
+    impl_->decoder.append_added(impl_->pieces[index], added->second, state, out);
+  }
 }
 
 std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) const {
@@ -223,6 +257,10 @@ std::optional<int32_t> Tokenizer::id_of(std::string_view piece) const {
 bool Tokenizer::is_special(int32_t id) const {
   impl_->check_id(id);
   return impl_->special[static_cast<size_t>(id)];
+}
+
+const std::vector<std::string>& Tokenizer::notes() const {
+  return impl_->notes;
 }
 
 std::string Tokenizer::describe() const {

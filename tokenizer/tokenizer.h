@@ -14,6 +14,8 @@
 #include <string_view>
 #include <vector>
 
+#include "model/weights.h"
+
 namespace tq {
 
 /// What decoding remembers between tokens (decode.h).
@@ -26,6 +28,9 @@ class Tokenizer {
  public:
   /// Parses tokenizer.json. Throws Error(kBadData) naming the unsupported or broken part.
   static Tokenizer from_json(const std::string& json_text, const std::string& where);
+  /// The tokenizer of a model: tokenizer.json, and what tokenizer_config.json adds to it
+  /// (config_tokens.h). `source` names the model in errors.
+  static Tokenizer from_texts(const ModelTexts& texts, const std::string& source);
   Tokenizer(Tokenizer&&) noexcept;
   Tokenizer& operator=(Tokenizer&&) noexcept;
   ~Tokenizer();
@@ -34,8 +39,9 @@ class Tokenizer {
   int64_t size() const;
   /// Ids of `text` (valid UTF-8, else Error(kBadData)).
   /// add_special: apply the post-processor (Llama-3 prepends <|begin_of_text|>).
-  /// parse_special: added tokens written in the text become their ids (Hugging Face's behaviour);
-  /// otherwise they are ordinary text (what `run` does with user text).
+  /// Added tokens written in the text become their ids, as with Hugging Face. Without
+  /// parse_special, special ones are ordinary text (split_special_tokens; what `run` does with
+  /// user text).
   std::vector<int32_t> encode(std::string_view text, bool add_special, bool parse_special) const;
   /// Bytes of a token sequence, by the decoder of tokenizer.json. May end inside a UTF-8 sequence,
   /// and a model may emit bytes that are no UTF-8 at all: see replace_invalid_utf8().
@@ -45,6 +51,8 @@ class Tokenizer {
   const std::string& piece(int32_t id) const;
   std::optional<int32_t> id_of(std::string_view piece) const;
   bool is_special(int32_t id) const;
+  /// What a user should know about the files, a sentence each.
+  const std::vector<std::string>& notes() const;
   /// Short description for `inspect`, for example "byte-level BPE, 49152 tokens, 48900 merges".
   std::string describe() const;
 

@@ -24,6 +24,7 @@
 #include "tokenizer/chat.h"
 #include "tools/calibration_text.h"
 #include "tools/commands.h"
+#include "tools/generate.h"
 #include "tools/runtime.h"
 #include "tools/trial.h"
 
@@ -375,6 +376,11 @@ void quantize(const QuantizeArguments& args) {
   const Model model = open_source(args.folder);
   const QuantizeOptions options = make_options(args, model.config);
   const Tokenizer tokenizer = open_tokenizer(model);
+  const std::vector<std::string> notes = check_runnable(model, tokenizer);
+  if (!args.quiet) {
+    print_notes(model, tokenizer);
+    for (const std::string& note : notes) std::fprintf(stderr, "tq: %s\n", note.c_str());
+  }
   std::optional<Calibration> calibration;
   if (options.needs_calibration()) {
     calibration = make_calibration(args, options, model, tokenizer);

@@ -60,6 +60,7 @@ void check_think(ChatKind kind, const RunOptions& options) {
 // The template to use, kNone for a raw prompt. Says so when a model has none: a chat prompt sent
 // raw to a base model is a frequent surprise. `chatting` needs one.
 ChatKind choose_template(const Runtime& runtime, const RunOptions& options, bool chatting) {
+  if (!options.quiet) print_notes(runtime.model, runtime.tokenizer);
   if (options.raw) {
     if (!options.system.empty() || options.think || options.no_think ||
         !options.chat_template.empty()) {
@@ -170,12 +171,13 @@ void run(const RunOptions& options) {
   }
   GenerateOptions generate_opts = generate_options(runtime, options);
   generate_opts.max_tokens = options.max_tokens >= 0 ? options.max_tokens : kDefaultMaxTokens;
-  const SamplerOptions sampling = resolve_sampling(options.sampling, runtime);
+  const SamplerOptions sampling = resolve_sampling(options.sampling, runtime, options.quiet);
   if (options.verbose) {
     note(options.model + "; " + describe_sampling(sampling) + "; context " + std::to_string(ctx));
   }
   Session session(runtime.prepared, runtime.session_options(ctx, options.device.kv_bits));
   Sampler sampler(sampling);
+  sampler.begin(ids);
   const GenerateResult result = generate(session, runtime.tokenizer, ids, sampler, generate_opts,
                                          [&](const std::string& piece) {
                                            if (!options.json) write_text(piece);
@@ -234,7 +236,7 @@ void chat(const RunOptions& options) {
   const int64_t ctx =
       options.ctx > 0 ? runtime.checked_ctx(options.ctx) : runtime.default_ctx(kDefaultCtx);
   Session session(runtime.prepared, runtime.session_options(ctx, options.device.kv_bits));
-  Sampler sampler(resolve_sampling(options.sampling, runtime));
+  Sampler sampler(resolve_sampling(options.sampling, runtime, options.quiet));
   GenerateOptions generate_opts = generate_options(runtime, options);
   ChatOptions chat_options;
   chat_options.think = !options.no_think;
@@ -262,6 +264,7 @@ void chat(const RunOptions& options) {
       ++common;
     }
     session.truncate(static_cast<int64_t>(common));
+    sampler.begin(ids);
     generate_opts.max_tokens = options.max_tokens >= 0 ? options.max_tokens : ctx;
     const GenerateResult result =
         generate(session, runtime.tokenizer,

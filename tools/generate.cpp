@@ -43,41 +43,74 @@ StopMatch find_stop(const std::string& text, const std::vector<std::string>& sto
 }  // namespace
 
 void add_sampling_options(CLI::App& command, SamplingFlags& flags) {
-  command.add_option("--temp", flags.temperature, "temperature; 0 = greedy")
+  command.add_option("--temp", flags.wishes.temperature, "temperature; 0 = greedy")
       ->check(number_in(0, 100))
       ->default_str("the model's");
-  command.add_option("--top-k", flags.top_k, "keep the k likeliest tokens; 0 = all")
+  command.add_option("--top-k", flags.wishes.top_k, "keep the k likeliest tokens; 0 = all")
       ->check(number_in(0, 1 << 20))
       ->default_str("the model's");
-  command.add_option("--top-p", flags.top_p, "keep the likeliest tokens up to this probability")
+  command.add_option("--top-p", flags.wishes.top_p, "keep the likeliest tokens up to this probability")
       ->check(number_in(0, 1))
       ->default_str("the model's");
-  command.add_option("--min-p", flags.min_p, "drop tokens below this share of the likeliest")
+  command.add_option("--min-p", flags.wishes.min_p, "drop tokens below this share of the likeliest")
       ->check(number_in(0, 1))
       ->default_str("0");
+  command
+      .add_option("--repeat-penalty", flags.wishes.repetition_penalty,
+                  "divides positive logits of tokens that occurred, multiplies others; 1 = none")
+      ->check(number_in(0.01, 100))
+      ->default_str("the model's");
   command.add_option("--seed", flags.seed, "seed of the sampler; the same seed, the same text")
       ->check(number_in(0, 9007199254740992.0))
       ->default_str("random, shown by -v");
 }
 
-SamplerOptions resolve_sampling(const SamplingFlags& flags, const Runtime& runtime) {
-  const SamplingDefaults defaults = sampling_defaults(runtime.model.texts, runtime.model.source);
+SamplerOptions resolve_sampling(const SamplingFlags& flags, const Runtime& runtime, bool quiet) {
+  const Sampling sampling =
+      sampling_of(runtime.model.texts, flags.wishes, runtime.model.source);
+  if (!quiet) {
+    for (const std::string& note : sampling.notes) std::fprintf(stderr, "tq: %s\n", note.c_str());
+  }
   SamplerOptions options;
-  options.temperature = flags.temperature >= 0 ? flags.temperature : defaults.temperature;
-  options.top_k = flags.top_k >= 0 ? flags.top_k : defaults.top_k;
-  options.top_p = flags.top_p >= 0 ? flags.top_p : defaults.top_p;
-  options.min_p = flags.min_p >= 0 ? flags.min_p : defaults.min_p;
+  options.temperature = sampling.temperature;
+  options.top_k = sampling.top_k;
+  options.top_p = sampling.top_p;
+  options.min_p = sampling.min_p;
+  options.repetition_penalty = sampling.repetition_penalty;
   options.seed =
       flags.seed >= 0 ? static_cast<uint64_t>(flags.seed) : uint64_t{std::random_device{}()};
   return options;
 }
 
+std::vector<std::string> check_runnable(const Model& model, const Tokenizer& tokenizer) {
+  std::vector<std::string> notes;
+  stop_tokens(model.texts, model.config, tokenizer, model.source);
+  if (detect_chat_kind(model.texts, model.source) == ChatKind::kUnknown) {
+    notes.push_back("the chat template is not known: tq run will need --template or --raw");
+  }
+  // Greedy decoding must work. By default, what it lacks can be given.
+  SamplingWishes greedy;
+  greedy.temperature = 0;
+  greedy.repetition_penalty = 1;
+  sampling_of(model.texts, greedy, model.source);
+  try {
+    sampling_of(model.texts, {}, model.source);
+  } catch (const Error& error) {
+    notes.push_back(std::string("tq run will need options: ") + error.what());
+  }
+  return notes;
+}
+
 std::string describe_sampling(const SamplerOptions& options) {
-  if (options.temperature <= 0) return "greedy";
-  char text[160];
-  std::snprintf(text, sizeof text, "temp %g, top-k %lld, top-p %g, min-p %g, seed %llu",
+  char penalty[64] = "";
+  if (options.repetition_penalty != 1) {
+    std::snprintf(penalty, sizeof penalty, ", repetition penalty %g", options.repetition_penalty);
+  }
+  if (options.temperature <= 0) return std::string("greedy") + penalty;
+  char text[224];
+  std::snprintf(text, sizeof text, "temp %g, top-k %lld, top-p %g, min-p %g%s, seed %llu",
                 options.temperature, static_cast<long long>(options.top_k), options.top_p,
-                options.min_p, static_cast<unsigned long long>(options.seed));
+                options.min_p, penalty, static_cast<unsigned long long>(options.seed));
   return text;
 }
 

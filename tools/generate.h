@@ -13,13 +13,15 @@ namespace tq {
 
 /// Sampling options as given by the user; unset ones take the model's defaults.
 struct SamplingFlags {
-  double temperature = -1, top_p = -1, min_p = -1;
-  int64_t top_k = -1;
+  SamplingWishes wishes;
   int64_t seed = -1;  // -1 = a fresh one
 };
 void add_sampling_options(CLI::App& command, SamplingFlags& flags);
-/// Flags over the defaults of generation_config.json.
-SamplerOptions resolve_sampling(const SamplingFlags& flags, const Runtime& runtime);
+/// Flags over the defaults of generation_config.json; what is not followed is noted on stderr.
+SamplerOptions resolve_sampling(const SamplingFlags& flags, const Runtime& runtime, bool quiet);
+/// Checks the texts of a model that only generating reads. Throws where `tq run` could not be made
+/// to work, and returns sentences about what it will need options for.
+std::vector<std::string> check_runnable(const Model& model, const Tokenizer& tokenizer);
 /// One line for -v: the values in force, the seed included.
 std::string describe_sampling(const SamplerOptions& options);
 

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <filesystem>
 #include <utility>
+#include <vector>
 
 #ifdef TQ_WITH_CUDA
 #include "cuda/cuda_backend.h"
@@ -23,6 +24,9 @@ namespace {
 
 // A prompt or an evaluation text beyond this is refused rather than read into memory.
 constexpr size_t kMaxTextBytes = size_t{1} << 31;
+
+// Stdin has no size to look at first, and may never end.
+constexpr size_t kMaxStdinBytes = size_t{256} << 20;
 
 bool is_separator(char c) {
   return c == ',' || c == ' ' || c == '\t' || c == '\r' || c == '\n';
@@ -65,14 +69,21 @@ std::unique_ptr<Backend> open_backend(const DeviceOptions& options) {
 }
 
 Tokenizer open_tokenizer(const Model& model) {
-  const std::string where = model.source + ": tokenizer.json";
-  Tokenizer tokenizer = Tokenizer::from_json(model.texts.tokenizer, where);
+  Tokenizer tokenizer = Tokenizer::from_texts(model.texts, model.source);
   if (tokenizer.size() > model.config.vocab_size) {
-    throw Error(ErrorKind::kBadData, "tokenizer does not fit the model", where,
-                "ids up to " + std::to_string(tokenizer.size() - 1) + ", the embedding has " +
-                    std::to_string(model.config.vocab_size) + " rows");
+    const auto last = static_cast<int32_t>(tokenizer.size() - 1);
+    throw Error(ErrorKind::kBadData, "tokenizer does not fit the model",
+                model.source + ": tokenizer.json and tokenizer_config.json",
+                "ids up to " + std::to_string(last) + " ('" + tokenizer.piece(last) +
+                    "'), the embedding has " + std::to_string(model.config.vocab_size) + " rows");
   }
   return tokenizer;
+}
+
+void print_notes(const Model& model, const Tokenizer& tokenizer) {
+  for (const auto* notes : {&model.config.notes, &tokenizer.notes()}) {
+    for (const std::string& note : *notes) std::fprintf(stderr, "tq: %s\n", note.c_str());
+  }
 }
 
 Runtime::Runtime(const std::string& path, const DeviceOptions& options)
@@ -222,9 +233,9 @@ std::string read_input_text(const std::string& path) {
   std::string text;
   std::vector<char> block(size_t{1} << 16);
   while (const size_t n = std::fread(block.data(), 1, block.size(), stdin)) {
-    if (n > kMaxTextBytes - text.size()) {
+    if (n > kMaxStdinBytes - text.size()) {
       throw Error(ErrorKind::kBadData, "text too long", "stdin",
-                  "more than " + std::to_string(kMaxTextBytes) + " bytes");
+                  "more than " + std::to_string(kMaxStdinBytes) + " bytes", "use a file");
     }
     text.append(block.data(), n);
   }

@@ -47,6 +47,8 @@ SessionOptions default_session(const Model& model, const Backend& backend);
 
 /// The tokenizer of a model; checks that its ids fit the embedding. Throws kBadData.
 Tokenizer open_tokenizer(const Model& model);
+/// Prints what a user should know about the texts of a model, a line each on stderr.
+void print_notes(const Model& model, const Tokenizer& tokenizer);
 std::unique_ptr<Backend> open_backend(const DeviceOptions& options);
 
 /// CLI11 validator: a finite number in [low, high]; `name` describes the range in messages.
@@ -79,7 +81,7 @@ std::vector<int32_t> parse_ids(const std::string& option, const std::string& lis
 /// Prints what the user should know about the files of a model, a line each on stderr.
 void print_notes(const Model& model);
 
-/// Reads a whole text file or pipe, or stdin for "-".
+/// Reads a whole text file or pipe, or stdin for "-", of which more than 256 MiB throw kBadData.
 std::string read_input_text(const std::string& path);
 
 }  // namespace tq
