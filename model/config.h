@@ -41,7 +41,7 @@ struct Config {
   float norm_eps = 0;
   bool tied = false;  // lm_head is the embedding
   RopeConfig rope;
-  std::vector<int32_t> eos_ids;  // of config.json alone; tokenizer/chat.h makes the union
+  std::vector<int32_t> eos_ids;    // of config.json alone; tokenizer/chat.h makes the union
   std::vector<std::string> notes;  // what a user should know about the file, a sentence each
 
   bool has_qk_norm() const { return arch == Arch::kQwen3; }

@@ -1,8 +1,9 @@
 // sampler - from logits to the next token id, reproducible from a seed on every machine.
 //
 // Order as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Own random
-// numbers, because std:: distributions differ between standard libraries. Top-k comes first here, so that a
-// device need not send what will not be drawn (Backend::top); the order of the two does not matter.
+// numbers, because std:: distributions differ between standard libraries. Top-k comes first here,
+// so that a device need not send what will not be drawn (Backend::top); the order of the two does
+// not matter.
 #pragma once
 
 #include <cstdint>

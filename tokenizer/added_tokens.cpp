@@ -23,10 +23,9 @@ size_t previous_char(std::string_view text, size_t at) {
 }  // namespace
 
 AddedToken read_added_token(const Json& json, const std::string& where) {
-  check_keys(json,
-             {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special",
-              "__type"},
-             "added token", where);
+  check_keys(
+      json, {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special", "__type"},
+      "added token", where);
   AddedToken token;
   token.content = require_string(json, "content", where);
   token.special = optional_bool(json, "special", false, where);

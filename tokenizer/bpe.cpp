@@ -258,8 +258,7 @@ bool Bpe::can_make(int32_t id) const {
     return true;
   }
   std::string bytes;
-  if (ignore_merges_ &&
-      (!byte_level_ || (letters_to_bytes(text, bytes) && is_valid_utf8(bytes)))) {
+  if (ignore_merges_ && (!byte_level_ || (letters_to_bytes(text, bytes) && is_valid_utf8(bytes)))) {
     return true;
   }
   return std::any_of(merges_.begin(), merges_.end(),

@@ -49,8 +49,8 @@ class ConfigTokens {
       const int32_t actual = put(token);
       if (actual == token.id) continue;
       bad_tokenizer("token '" + token.content + "' of added_tokens_decoder", where_,
-                    "has id " + std::to_string(token.id) + " there, but " +
-                        std::to_string(actual) + " by tokenizer.json");
+                    "has id " + std::to_string(token.id) + " there, but " + std::to_string(actual) +
+                        " by tokenizer.json");
     }
   }
 

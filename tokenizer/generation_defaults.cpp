@@ -9,8 +9,7 @@
 namespace tq {
 namespace {
 
-constexpr const char* kHint =
-    "correct it, or run with --ignore-eos and name the end with --stop";
+constexpr const char* kHint = "correct it, or run with --ignore-eos and name the end with --stop";
 
 Json parse_object(const std::string& text, const std::string& where) {
   if (text.empty()) return Json::object();
@@ -146,8 +145,8 @@ Sampling sampling_of(const ModelTexts& texts, const SamplingWishes& wishes,
                           double low, double high, const char* option) {
     return wish ? *wish : number_in(json, key, fallback, low, high, option, where);
   };
-  sampling.repetition_penalty = number(wishes.repetition_penalty, "repetition_penalty", 1, 0.01,
-                                       100, "--repeat-penalty");
+  sampling.repetition_penalty =
+      number(wishes.repetition_penalty, "repetition_penalty", 1, 0.01, 100, "--repeat-penalty");
   // Without do_sample transformers decodes greedily, whatever the other fields say.
   const auto sampled = [&] { return optional_bool(json, "do_sample", false, where); };
   if (wishes.temperature || sampled()) {

@@ -34,8 +34,8 @@ struct Tokenizer::Impl {
   std::unordered_map<int32_t, std::string> added_texts;
   std::vector<std::string> notes;
 
-  static std::unique_ptr<Impl> read(const Json& json, const std::string& where,
-                                    const Json& config, const std::string& config_where);
+  static std::unique_ptr<Impl> read(const Json& json, const std::string& where, const Json& config,
+                                    const std::string& config_where);
   void number_ids();
   void note_texts();
   void check_id(int32_t id) const;

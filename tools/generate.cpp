@@ -49,10 +49,12 @@ void add_sampling_options(CLI::App& command, SamplingFlags& flags) {
   command.add_option("--top-k", flags.wishes.top_k, "keep the k likeliest tokens; 0 = all")
       ->check(number_in(0, 1 << 20))
       ->default_str("the model's");
-  command.add_option("--top-p", flags.wishes.top_p, "keep the likeliest tokens up to this probability")
+  command
+      .add_option("--top-p", flags.wishes.top_p, "keep the likeliest tokens up to this probability")
       ->check(number_in(0, 1))
       ->default_str("the model's");
-  command.add_option("--min-p", flags.wishes.min_p, "drop tokens below this share of the likeliest")
+  command
+      .add_option("--min-p", flags.wishes.min_p, "drop tokens below this share of the likeliest")
       ->check(number_in(0, 1))
       ->default_str("0");
   command
@@ -66,8 +68,7 @@ void add_sampling_options(CLI::App& command, SamplingFlags& flags) {
 }
 
 SamplerOptions resolve_sampling(const SamplingFlags& flags, const Runtime& runtime, bool quiet) {
-  const Sampling sampling =
-      sampling_of(runtime.model.texts, flags.wishes, runtime.model.source);
+  const Sampling sampling = sampling_of(runtime.model.texts, flags.wishes, runtime.model.source);
   if (!quiet) {
     for (const std::string& note : sampling.notes) std::fprintf(stderr, "tq: %s\n", note.c_str());
   }
