@@ -358,12 +358,16 @@ TEST(SamplingDefaults, RefuseWhatWouldChangeTheText) {
     EXPECT_NO_THROW(sampling_of(texts, {}, "t")) << good;
   }
   for (const char* bad :
-       {R"({"repetition_penalty": 1.05})", R"({"num_beams": 4})", R"({"bad_words_ids": [[1]]})",
+       {R"({"repetition_penalty": 0})", R"({"num_beams": 4})", R"({"bad_words_ids": [[1]]})",
         R"({"do_sample": true, "temperature": -1})", R"({"do_sample": true, "top_p": 2})",
         R"({"do_sample": true, "top_k": -1})", R"({"do_sample": true, "top_k": 1.5})",
         R"({"do_sample": "yes"})"}) {
     texts.generation_config = bad;
     EXPECT_THROW(sampling_of(texts, {}, "t"), Error) << bad;
+    SamplingWishes greedy;
+    greedy.temperature = 0;
+    greedy.repetition_penalty = 1;
+    EXPECT_EQ(sampling_of(texts, greedy, "t").temperature, 0) << bad;
   }
 }
 

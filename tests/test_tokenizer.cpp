@@ -203,14 +203,13 @@ TEST(Tokenizer, Llama3PrependsOneBeginOfTextAndQwenNone) {
   EXPECT_EQ(llama.encode("", true, true), Ids{bos});
 }
 
-TEST(Tokenizer, SpecialTokensInTextAreTextUnlessAskedFor) {
+TEST(Tokenizer, SpecialTokensInTextAreTextUnlessAskedForAndOtherAddedTokensAlwaysMatch) {
   const Tokenizer qwen = load("qwen3");
   const int32_t end = *qwen.id_of("<|im_end|>"), think = *qwen.id_of("<think>");
   EXPECT_EQ(qwen.encode("<|im_end|><think>", false, true), (Ids{end, think}));
-  for (const int32_t id : qwen.encode("<|im_end|><think>", false, false)) {
-    EXPECT_NE(id, end);
-    EXPECT_NE(id, think);
-  }
+  const Ids ids = qwen.encode("<|im_end|><think>", false, false);
+  EXPECT_EQ(std::count(ids.begin(), ids.end(), end), 0);
+  EXPECT_EQ(ids.back(), think);
   const std::string text = "a <|im_end|> b";
   EXPECT_EQ(qwen.decode(qwen.encode(text, false, false), true), text);
   EXPECT_TRUE(qwen.is_special(end));

@@ -2,7 +2,6 @@
 #include "tokenizer/added_tokens.h"
 
 #include <algorithm>
-#include <unordered_set>
 
 #include "tokenizer/component.h"
 #include "tokenizer/utf8.h"
@@ -40,81 +39,72 @@ AddedToken read_added_token(const Json& json, const std::string& where) {
   return token;
 }
 
-std::vector<AddedToken> parse_added_tokens(const Json* json, const std::string& where) {
-  std::vector<AddedToken> tokens;
-  if (!json) return tokens;
-  if (!json->is_array()) bad_tokenizer("added_tokens", where, "must be a list");
-  std::unordered_set<std::string> contents;
-  std::unordered_set<int32_t> ids;
-  for (const Json& item : *json) {
-    AddedToken token = read_added_token(item, where);
-    token.id = static_cast<int32_t>(require_int(item, "id", 0, INT32_MAX - 1, where));
-    if (!contents.insert(token.content).second) {
-      bad_tokenizer("added token '" + token.content + "'", where, "is listed twice");
-    }
-    if (!ids.insert(token.id).second) {
-      bad_tokenizer("added token id " + std::to_string(token.id), where, "is used twice");
-    }
-    tokens.push_back(std::move(token));
+JsonStream AddedTokenList::stream() {
+  return {{"added_tokens"}, [this](const std::string&, Json&& json) { add(json); }};
+}
+
+void AddedTokenList::add(const Json& json) {
+  AddedToken token = read_added_token(json, where_);
+  token.id = static_cast<int32_t>(require_int(json, "id", 0, INT32_MAX - 1, where_));
+  if (!contents_.insert(token.content).second) {
+    bad_tokenizer("added token '" + token.content + "'", where_, "is listed twice");
   }
-  return tokens;
+  if (!ids_.insert(token.id).second) {
+    bad_tokenizer("added token id " + std::to_string(token.id), where_, "is used twice");
+  }
+  if (tokens_.size() == kMaxTokens) too_many_tokens(where_);
+  tokens_.push_back(std::move(token));
 }
 
 TokenFinder::TokenFinder(const std::vector<AddedToken>& tokens, bool normalized,
                          const Normalizer& normalizer)
-    : nodes_(1), first_byte_(256, false) {
-  for (const AddedToken& token : tokens) {
-    if (token.normalized != normalized) continue;
-    std::string content = token.content;
+    : first_byte_(256, false) {
+  std::vector<std::pair<std::string, size_t>> found;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i].normalized != normalized) continue;
+    std::string content = tokens[i].content;
     if (normalized && !normalizer.empty()) {
       RegexScratch scratch(content.size());
       content = normalizer.apply(content, scratch);
     }
     if (content.empty()) continue;
-    insert(content, static_cast<int32_t>(tokens_.size()));
-    tokens_.push_back(token);
-    if (token.single_word && !word_char_) {
+    first_byte_[static_cast<unsigned char>(content[0])] = true;
+    found.emplace_back(std::move(content), i);
+    if (tokens[i].single_word && !word_char_) {
       // Rust's \w, which the reference uses here.
       word_char_ = Regex::pcre2("[\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{200C}\\x{200D}]");
     }
   }
-}
-
-void TokenFinder::insert(const std::string& content, int32_t token) {
-  int32_t node = 0;
-  for (const char c : content) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (const int32_t* found = child(node, byte)) {
-      node = *found;
-      continue;
-    }
-    const auto fresh = static_cast<int32_t>(nodes_.size());
-    nodes_.emplace_back();
-    auto& next = nodes_[static_cast<size_t>(node)].next;
-    next.insert(std::upper_bound(next.begin(), next.end(), std::pair(byte, int32_t{0})),
-                {byte, fresh});
-    node = fresh;
+  std::sort(found.begin(), found.end());
+  for (size_t i = 0; i < found.size(); ++i) {
+    // Of two tokens with one normalized form the later counts.
+    if (i + 1 < found.size() && found[i].first == found[i + 1].first) continue;
+    const AddedToken& token = tokens[found[i].second];
+    tokens_.push_back({token.id, token.special, token.single_word, token.lstrip, token.rstrip});
+    forms_.push_back(std::move(found[i].first));
   }
-  nodes_[static_cast<size_t>(node)].token = token;
-  first_byte_[static_cast<unsigned char>(content[0])] = true;
 }
 
-const int32_t* TokenFinder::child(int32_t node, unsigned char byte) const {
-  const auto& next = nodes_[static_cast<size_t>(node)].next;
-  const auto found = std::lower_bound(next.begin(), next.end(), std::pair(byte, int32_t{0}));
-  return found == next.end() || found->first != byte ? nullptr : &found->second;
-}
-
+// Narrows the sorted forms byte by byte: those that begin like the text are neighbours.
 bool TokenFinder::longest(std::string_view text, size_t at, int32_t& token, size_t& end) const {
-  int32_t node = 0;
+  auto low = forms_.begin(), high = forms_.end();
   bool found = false;
-  for (size_t i = at; i < text.size(); ++i) {
-    const int32_t* next = child(node, static_cast<unsigned char>(text[i]));
-    if (!next) break;
-    node = *next;
-    if (nodes_[static_cast<size_t>(node)].token >= 0) {
-      token = nodes_[static_cast<size_t>(node)].token;
-      end = i + 1;
+  for (size_t n = 0; at + n < text.size(); ++n) {
+    const auto byte = static_cast<unsigned char>(text[at + n]);
+    // All in [low, high) have n bytes in common; the one that has no more stands first.
+    const auto byte_of = [n](const std::string& form) {
+      return form.size() == n ? -1 : static_cast<int>(static_cast<unsigned char>(form[n]));
+    };
+    low = std::lower_bound(low, high, byte, [&](const std::string& form, unsigned char value) {
+      return byte_of(form) < value;
+    });
+    high = std::upper_bound(low, high, byte, [&](unsigned char value, const std::string& form) {
+      return value < byte_of(form);
+    });
+    if (low == high) break;
+    if (low->size() == n + 1) {
+      token = static_cast<int32_t>(low - forms_.begin());
+      end = at + n + 1;
       found = true;
     }
   }
@@ -148,7 +138,7 @@ void TokenFinder::split(std::string_view text, bool match_special, RegexScratch&
       ++at;
       continue;
     }
-    const AddedToken& token = tokens_[static_cast<size_t>(index)];
+    const Token& token = tokens_[static_cast<size_t>(index)];
     size_t begin = at;
     at = end;  // the search goes on behind the match even if the match is refused
     if (token.special && !match_special) continue;

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <unordered_set>
 #include <vector>
 
 #include "model/json.h"
@@ -34,8 +35,22 @@ struct AddedToken {
 /// One token but for its id, with the defaults of the tokenizers library. Throws Error(kBadData).
 AddedToken read_added_token(const Json& json, const std::string& where);
 
-/// The "added_tokens" list. Throws Error(kBadData) for unknown keys, duplicates and bad values.
-std::vector<AddedToken> parse_added_tokens(const Json* json, const std::string& where);
+/// The "added_tokens" list, taken from the parser entry by entry. Throws Error(kBadData) for
+/// unknown keys, duplicates and bad values.
+class AddedTokenList {
+ public:
+  explicit AddedTokenList(const std::string& where) : where_(where) {}
+  /// The stream for parse_json(); it refers to this object.
+  JsonStream stream();
+  std::vector<AddedToken> take() { return std::move(tokens_); }
+
+ private:
+  void add(const Json& json);
+  std::vector<AddedToken> tokens_;
+  std::unordered_set<std::string> contents_;
+  std::unordered_set<int32_t> ids_;
+  std::string where_;
+};
 
 /// A stretch of text: a token, or (id < 0) ordinary text.
 struct Segment {
@@ -54,18 +69,17 @@ class TokenFinder {
              std::vector<Segment>& segments) const;
 
  private:
-  struct Node {
-    std::vector<std::pair<unsigned char, int32_t>> next;  // sorted by byte
-    int32_t token = -1;                                   // index into tokens_
-  };
-  void insert(const std::string& content, int32_t token);
-  const int32_t* child(int32_t node, unsigned char byte) const;
   /// Longest token at `at`: its index and end. False if none.
   bool longest(std::string_view text, size_t at, int32_t& token, size_t& end) const;
   bool touches_word(std::string_view text, size_t begin, size_t end, RegexScratch& scratch) const;
 
-  std::vector<AddedToken> tokens_;
-  std::vector<Node> nodes_;
+  // What a match needs to know, without the content.
+  struct Token {
+    int32_t id;
+    bool special, single_word, lstrip, rstrip;
+  };
+  std::vector<Token> tokens_;
+  std::vector<std::string> forms_;  // sorted: what is searched for, of tokens_
   std::vector<bool> first_byte_;    // [256]: does a token begin with it?
   std::optional<Regex> word_char_;  // compiled if a token asks for single_word
 };

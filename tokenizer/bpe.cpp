@@ -18,6 +18,8 @@ namespace {
 constexpr size_t kMaxCachedBytes = 48;
 constexpr size_t kMaxCacheEntries = 1 << 17;
 
+constexpr char kEndOfToken = '\xFF';  // in no UTF-8 text
+
 std::string byte_token(unsigned byte) {
   static constexpr char kHex[] = "0123456789ABCDEF";
   return std::string("<0x") + kHex[byte >> 4] + kHex[byte & 15] + ">";
@@ -44,8 +46,43 @@ bool letters_to_bytes(std::string_view text, std::string& bytes) {
 
 }  // namespace
 
-Bpe Bpe::from_json(const Json& model, bool byte_level, const std::vector<AddedToken>& added,
-                   const std::string& where) {
+std::vector<JsonStream> BpeLists::streams() {
+  return {{{"model", "vocab"}, [this](const std::string& text, Json&& id) { add_entry(text, id); }},
+          {{"model", "merges"}, [this](const std::string&, Json&& merge) { add_merge(merge); }}};
+}
+
+void BpeLists::add_entry(const std::string& text, const Json& id) {
+  if (!id.is_number_unsigned() || id.get<uint64_t>() >= INT32_MAX) {
+    bad_tokenizer("id of vocab entry '" + text + "'", where_, "must be an integer below 2^31");
+  }
+  if (vocab_.size() == kMaxTokens) too_many_tokens(where_);
+  vocab_.push_back({text, id.get<int32_t>()});
+}
+
+void BpeLists::add_merge(const Json& merge) {
+  const auto bad = [&](const std::string& why) {
+    bad_tokenizer("merge " + std::to_string(n_merges_), where_, why);
+  };
+  if (merge.is_string()) {  // "a b"
+    const std::string& text = merge.get_ref<const std::string&>();
+    const size_t space = text.find(' ');
+    if (space == std::string::npos || text.find(' ', space + 1) != std::string::npos) {
+      bad("must be two tokens with one space between them");
+    }
+    merges_.append(text, 0, space) += kEndOfToken;
+    merges_.append(text, space + 1) += kEndOfToken;
+  } else if (merge.is_array() && merge.size() == 2 && merge[0].is_string() &&
+             merge[1].is_string()) {  // ["a", "b"]
+    for (const Json& token : merge)
+      merges_.append(token.get_ref<const std::string&>()) += kEndOfToken;
+  } else {
+    bad("must be a string or a pair of strings");
+  }
+  ++n_merges_;
+}
+
+Bpe Bpe::from_json(const Json& model, BpeLists lists, bool byte_level,
+                   const std::vector<AddedToken>& added, const std::string& where) {
   const std::string type = type_of(model, "model", where);
   if (type != "BPE") {
     bad_tokenizer("unsupported tokenizer model '" + type + "'", where, "only BPE is implemented");
@@ -68,8 +105,12 @@ Bpe Bpe::from_json(const Json& model, bool byte_level, const std::vector<AddedTo
   bpe.fuse_unk_ = optional_bool(model, "fuse_unk", false, where);
   bpe.byte_fallback_ = optional_bool(model, "byte_fallback", false, where);
   bpe.ignore_merges_ = optional_bool(model, "ignore_merges", false, where);
-  bpe.read_vocab(require(model, "vocab", where), added.size());
-  bpe.read_merges(require(model, "merges", where));
+  if (!require(model, "vocab", where).is_object() || lists.vocab_.empty()) {
+    bad_tokenizer("vocab", where, "must map tokens to ids");
+  }
+  if (!require(model, "merges", where).is_array()) bad_tokenizer("merges", where, "must be a list");
+  bpe.read_vocab(std::move(lists.vocab_), added.size());
+  bpe.read_merges(lists.merges_, lists.n_merges_);
   if (member(model, "unk_token")) {
     bpe.unk_token_ = require_string(model, "unk_token", where);
     bpe.unk_ = bpe.id_of(bpe.unk_token_);
@@ -81,78 +122,60 @@ Bpe Bpe::from_json(const Json& model, bool byte_level, const std::vector<AddedTo
   return bpe;
 }
 
-void Bpe::read_vocab(const Json& json, size_t n_added) {
-  if (!json.is_object() || json.empty()) bad_tokenizer("vocab", where_, "must map tokens to ids");
+void Bpe::read_vocab(std::vector<BpeLists::Entry> entries, size_t n_added) {
   // Ids are dense over vocabulary and added tokens (checked by the caller), so none is larger.
-  const auto bound = static_cast<int64_t>(std::min<size_t>(json.size() + n_added, INT32_MAX));
-  ids_.reserve(json.size());
-  std::vector<bool> taken;
-  std::string bytes;
-  for (const auto& item : json.items()) {
-    const std::string& text = item.key();
-    const Json& value = item.value();
-    int64_t id = -1;
-    if (value.is_number_unsigned() && value.get<uint64_t>() < static_cast<uint64_t>(bound)) {
-      id = value.get<int64_t>();
-    }
-    if (id < 0) {
-      bad_tokenizer("id of vocab entry '" + text + "'", where_,
+  const size_t bound = entries.size() + n_added;
+  size_t size = 0;
+  for (const BpeLists::Entry& entry : entries) {
+    if (static_cast<size_t>(entry.id) >= bound) {
+      bad_tokenizer("id of vocab entry '" + entry.text + "'", where_,
                     "must be an integer from 0 to " + std::to_string(bound - 1));
     }
-    const auto index = static_cast<size_t>(id);
-    if (index >= strings_.size()) {
-      strings_.resize(index + 1);
-      taken.resize(index + 1, false);
-    }
+    size = std::max(size, static_cast<size_t>(entry.id) + 1);
+  }
+  strings_.resize(size);
+  std::vector<bool> taken(size, false);
+  for (BpeLists::Entry& entry : entries) {
+    const auto index = static_cast<size_t>(entry.id);
     if (taken[index]) {
-      bad_tokenizer("vocab id " + std::to_string(id), where_,
-                    "is used by '" + strings_[index] + "' and '" + text + "'");
+      bad_tokenizer("vocab id " + std::to_string(entry.id), where_,
+                    "is used by '" + strings_[index] + "' and '" + entry.text + "'");
     }
     taken[index] = true;
-    strings_[index] = text;
-    ids_.emplace(text, static_cast<int32_t>(id));
-    if (byte_level_ && ignore_merges_ && letters_to_bytes(text, bytes)) {
-      raw_ids_.emplace(bytes, static_cast<int32_t>(id));
-    }
+    strings_[index] = std::move(entry.text);
+  }
+  entries = {};
+  ids_.reserve(size);
+  for (size_t id = 0; id < size; ++id) {
+    if (taken[id]) ids_.emplace(strings_[id], static_cast<int32_t>(id));
   }
 }
 
-void Bpe::read_merges(const Json& json) {
-  if (!json.is_array()) bad_tokenizer("merges", where_, "must be a list");
+void Bpe::read_merges(const std::string& texts, int64_t count) {
   std::vector<std::pair<int32_t, Merge>> all;  // left, rest
-  all.reserve(json.size());
+  all.reserve(static_cast<size_t>(count));
   std::string joined;
-  for (size_t rank = 0; rank < json.size(); ++rank) {
-    const Json& entry = json[rank];
-    const auto bad = [&](const std::string& why) {
-      bad_tokenizer("merge " + std::to_string(rank), where_, why);
-    };
-    std::string_view left, right;
-    if (entry.is_string()) {  // "a b"
-      const std::string_view text = entry.get_ref<const std::string&>();
-      const size_t space = text.find(' ');
-      if (space == std::string_view::npos || text.find(' ', space + 1) != std::string_view::npos) {
-        bad("must be two tokens with one space between them");
-      }
-      left = text.substr(0, space);
-      right = text.substr(space + 1);
-    } else if (entry.is_array() && entry.size() == 2 && entry[0].is_string() &&
-               entry[1].is_string()) {  // ["a", "b"]
-      left = entry[0].get_ref<const std::string&>();
-      right = entry[1].get_ref<const std::string&>();
-    } else {
-      bad("must be a string or a pair of strings");
-    }
+  size_t at = 0;
+  const auto next = [&] {
+    const size_t begin = at, end = texts.find(kEndOfToken, at);
+    at = end + 1;
+    return std::string_view(texts).substr(begin, end - begin);
+  };
+  for (int64_t rank = 0; rank < count; ++rank) {
+    const std::string_view left = next(), right = next();
     joined.assign(left).append(right);
     int32_t ids[3];
-    const std::string_view texts[3] = {left, right, joined};
+    const std::string_view names[3] = {left, right, joined};
     for (int i = 0; i < 3; ++i) {
-      ids[i] = id_of(texts[i]);
-      if (ids[i] < 0) bad("'" + std::string(texts[i]) + "' is not in vocab");
+      ids[i] = id_of(names[i]);
+      if (ids[i] < 0) {
+        bad_tokenizer("merge " + std::to_string(rank), where_,
+                      "'" + std::string(names[i]) + "' is not in vocab");
+      }
     }
     all.push_back({ids[0], {ids[1], static_cast<int32_t>(rank), ids[2]}});
   }
-  n_merges_ = static_cast<int64_t>(all.size());
+  n_merges_ = count;
   // A pair listed twice takes the later rank, as in the reference.
   std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) {
     return std::tuple(a.first, a.second.right, -a.second.rank) <
@@ -164,6 +187,7 @@ void Bpe::read_merges(const Json& json) {
                         }),
             all.end());
   first_merge_.assign(strings_.size() + 1, 0);
+  merges_.reserve(all.size());
   for (const auto& [left, merge] : all) {
     ++first_merge_[static_cast<size_t>(left) + 1];
     merges_.push_back(merge);
@@ -252,6 +276,14 @@ int32_t Bpe::id_of(std::string_view text) const {
   return found == ids_.end() ? -1 : found->second;
 }
 
+// Id of a piece that is a string of the vocabulary, or -1.
+int32_t Bpe::whole_piece(std::string_view piece) const {
+  if (!byte_level_) return id_of(piece);
+  std::string letters;
+  for (const char c : piece) append_utf8(letters, byte_to_letter(static_cast<unsigned char>(c)));
+  return id_of(letters);
+}
+
 bool Bpe::can_make(int32_t id) const {
   const std::string& text = strings_[static_cast<size_t>(id)];
   if (count_chars(text) == 1 || std::find(byte_id_.begin(), byte_id_.end(), id) != byte_id_.end()) {
@@ -304,9 +336,8 @@ void Bpe::encode_stretch(std::string_view piece, Scratch& scratch,
 void Bpe::encode_uncached(std::string_view piece, Scratch& scratch,
                           std::vector<int32_t>& ids) const {
   if (ignore_merges_) {
-    const auto& whole = byte_level_ ? raw_ids_ : ids_;
-    if (const auto found = whole.find(piece); found != whole.end()) {
-      ids.push_back(found->second);
+    if (const int32_t id = whole_piece(piece); id >= 0) {
+      ids.push_back(id);
       return;
     }
   }

@@ -16,12 +16,36 @@
 
 namespace tq {
 
+/// The two long lists of "model", taken from the parser entry by entry: as JSON values they would
+/// need twenty times the memory of their text.
+class BpeLists {
+ public:
+  explicit BpeLists(const std::string& where) : where_(where) {}
+  /// The streams for parse_json(); they refer to this object. "model" keeps the rest.
+  std::vector<JsonStream> streams();
+
+ private:
+  friend class Bpe;
+  struct Entry {
+    std::string text;
+    int32_t id;
+  };
+  void add_entry(const std::string& text, const Json& id);
+  void add_merge(const Json& merge);
+  std::vector<Entry> vocab_;
+  std::string merges_;  // both tokens of each, kEndOfToken behind every one
+  int64_t n_merges_ = 0;
+  std::string where_;
+};
+
 class Bpe {
  public:
   /// Parses "model". byte_level: pieces come as bytes, written in the GPT-2 alphabet in the file.
   /// `added` names the tokens that need no merges. Throws Error(kBadData).
-  static Bpe from_json(const Json& model, bool byte_level, const std::vector<AddedToken>& added,
-                       const std::string& where);
+  Bpe(Bpe&&) = default;  // no copies: ids_ views strings_
+  Bpe& operator=(Bpe&&) = default;
+  static Bpe from_json(const Json& model, BpeLists lists, bool byte_level,
+                       const std::vector<AddedToken>& added, const std::string& where);
 
   /// Strings by id; ids without a vocabulary entry have an empty string and has(id) is false.
   const std::vector<std::string>& strings() const { return strings_; }
@@ -59,8 +83,9 @@ class Bpe {
     int32_t right, rank, merged;
   };
   Bpe() = default;
-  void read_vocab(const Json& json, size_t n_added);
-  void read_merges(const Json& json);
+  int32_t whole_piece(std::string_view piece) const;
+  void read_vocab(std::vector<BpeLists::Entry> entries, size_t n_added);
+  void read_merges(const std::string& texts, int64_t count);
   void require_merges(const std::vector<AddedToken>& added) const;
   void make_byte_table();
   void make_inner_pairs();
@@ -75,9 +100,7 @@ class Bpe {
 
   std::string where_;
   std::vector<std::string> strings_;
-  std::unordered_map<std::string, int32_t, Scratch::Hash, std::equal_to<>> ids_;
-  std::unordered_map<std::string, int32_t, Scratch::Hash, std::equal_to<>>
-      raw_ids_;  // whole pieces
+  std::unordered_map<std::string_view, int32_t> ids_;  // views of strings_
   // Merges of each left symbol: merges_[first_merge_[left] .. first_merge_[left + 1]), sorted by
   // the right symbol. No hashing: a hostile file cannot make the look-up slow.
   std::vector<int64_t> first_merge_;

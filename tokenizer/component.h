@@ -19,6 +19,13 @@ namespace tq {
   throw Error(ErrorKind::kBadData, what, where, why);
 }
 
+// No model has more (model/config.cpp), and each takes ten times the memory of its text.
+constexpr size_t kMaxTokens = size_t{1} << 20;
+
+[[noreturn]] inline void too_many_tokens(const std::string& where) {
+  bad_tokenizer("tokens", where, "there are more than " + std::to_string(kMaxTokens));
+}
+
 /// Throws for a value that is not an object and for keys that are not in `known`.
 inline void check_keys(const Json& object, std::initializer_list<std::string_view> known,
                        const std::string& what, const std::string& where) {

@@ -29,13 +29,14 @@ struct Tokenizer::Impl {
   std::vector<std::string> pieces;  // by id
   std::vector<bool> special;        // by id
   std::unordered_map<std::string, int32_t> added_ids;
-  // Normalized forms of the added tokens that stand for their own text, not for a string of the
-  // vocabulary that BPE makes as well.
-  std::unordered_map<int32_t, std::string> added_texts;
+  // By id: added tokens that stand for their own text, not for a string of the vocabulary that BPE
+  // makes as well; and the normalized forms of those whose normalizer changes them.
+  std::vector<bool> is_text;
+  std::unordered_map<int32_t, std::string> forms;
   std::vector<std::string> notes;
 
-  static std::unique_ptr<Impl> read(const Json& json, const std::string& where, const Json& config,
-                                    const std::string& config_where);
+  static std::unique_ptr<Impl> read(const std::string& text, const std::string& where,
+                                    const Json& config, const std::string& config_where);
   void number_ids();
   void note_texts();
   void check_id(int32_t id) const;
@@ -54,9 +55,14 @@ struct EncodeScratch {
 
 }  // namespace
 
-std::unique_ptr<Tokenizer::Impl> Tokenizer::Impl::read(const Json& json, const std::string& where,
-                                                       const Json& config,
+std::unique_ptr<Tokenizer::Impl> Tokenizer::Impl::read(const std::string& text,
+                                                       const std::string& where, const Json& config,
                                                        const std::string& config_where) {
+  BpeLists lists(where);
+  AddedTokenList list(where);
+  std::vector<JsonStream> streams = lists.streams();
+  streams.push_back(list.stream());
+  const Json json = parse_json(text, where, streams);
   // truncation and padding describe batches of the training library; encode() does neither.
   check_keys(json,
              {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer",
@@ -67,9 +73,12 @@ std::unique_ptr<Tokenizer::Impl> Tokenizer::Impl::read(const Json& json, const s
   }
   auto normalizer = Normalizer::from_json(member(json, "normalizer"), where);
   auto pre_tokenizer = PreTokenizer::from_json(member(json, "pre_tokenizer"), where);
-  auto added = parse_added_tokens(member(json, "added_tokens"), where);
-  auto bpe =
-      Bpe::from_json(require(json, "model", where), pre_tokenizer.byte_level(), added, where);
+  if (const Json* tokens = member(json, "added_tokens"); tokens && !tokens->is_array()) {
+    bad_tokenizer("added_tokens", where, "must be a list");
+  }
+  auto added = list.take();
+  auto bpe = Bpe::from_json(require(json, "model", where), std::move(lists),
+                            pre_tokenizer.byte_level(), added, where);
   int32_t next_id = static_cast<int32_t>(bpe.strings().size());
   for (const AddedToken& token : added) next_id = std::max(next_id, token.id + 1);
   add_config_tokens(config, bpe, next_id, added, config_where);
@@ -82,6 +91,7 @@ std::unique_ptr<Tokenizer::Impl> Tokenizer::Impl::read(const Json& json, const s
                                              std::move(raw),
                                              std::move(normalized),
                                              Decoder::from_json(member(json, "decoder"), where),
+                                             {},
                                              {},
                                              {},
                                              {},
@@ -139,13 +149,14 @@ void Tokenizer::Impl::number_ids() {
 }
 
 void Tokenizer::Impl::note_texts() {
+  is_text.assign(pieces.size(), false);
   for (const AddedToken& token : added) {
     if (bpe.id_of(token.content) >= 0 && bpe.can_make(token.id)) continue;
-    std::string& form = added_texts.emplace(token.id, token.content).first->second;
-    if (token.normalized && !normalizer.empty()) {
-      RegexScratch scratch(form.size());
-      form = normalizer.apply(form, scratch);
-    }
+    is_text[static_cast<size_t>(token.id)] = true;
+    if (!token.normalized || normalizer.empty()) continue;
+    RegexScratch scratch(token.content.size());
+    std::string form = normalizer.apply(token.content, scratch);
+    if (form != token.content) forms.emplace(token.id, std::move(form));
   }
 }
 
@@ -162,7 +173,7 @@ Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
 Tokenizer::~Tokenizer() = default;
 
 Tokenizer Tokenizer::from_json(const std::string& json_text, const std::string& where) {
-  return Tokenizer(Impl::read(parse_json(json_text, where), where, Json::object(), ""));
+  return Tokenizer(Impl::read(json_text, where, Json::object(), ""));
 }
 
 Tokenizer Tokenizer::from_texts(const ModelTexts& texts, const std::string& source) {
@@ -171,7 +182,7 @@ Tokenizer Tokenizer::from_texts(const ModelTexts& texts, const std::string& sour
   Json config = Json::object();
   if (!texts.tokenizer_config.empty()) config = parse_json(texts.tokenizer_config, config_where);
   if (!config.is_object()) bad_tokenizer("top level", config_where, "must be an object");
-  return Tokenizer(Impl::read(parse_json(texts.tokenizer, where), where, config, config_where));
+  return Tokenizer(Impl::read(texts.tokenizer, where, config, config_where));
 }
 
 int64_t Tokenizer::size() const {
@@ -225,12 +236,10 @@ void Tokenizer::append_decoded(int32_t id, bool skip_special, DecodeState& state
   impl_->check_id(id);
   const auto index = static_cast<size_t>(id);
   if (skip_special && impl_->special[index]) return;
-  const auto added = impl_->added_texts.find(id);
-  if (added == impl_->added_texts.end()) {
-    impl_->decoder.append(impl_->pieces[index], state, out);
-  } else {
-    impl_->decoder.append_added(impl_->pieces[index], added->second, state, out);
-  }
+  const std::string& piece = impl_->pieces[index];
+  if (!impl_->is_text[index]) return impl_->decoder.append(piece, state, out);
+  const auto form = impl_->forms.find(id);
+  impl_->decoder.append_added(piece, form == impl_->forms.end() ? piece : form->second, state, out);
 }
 
 std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) const {
