@@ -31,6 +31,28 @@ TEST(Sampler, GreedyTakesTheLowestIdOnTies) {
   EXPECT_EQ(sample(greedy, {1, 3, 3, 2}), 1);
 }
 
+// transformers: a positive score is divided, a negative one multiplied, before all else.
+TEST(Sampler, RepetitionPenaltyLowersWhatOccurredInPromptAndAnswer) {
+  SamplerOptions options;
+  options.repetition_penalty = 2;
+  Sampler greedy(options);
+  greedy.begin(std::vector<int32_t>{0});
+  EXPECT_EQ(greedy.n_candidates(), 2);
+  const std::vector<float> logits = {3, 2, 1.75, 1};
+  EXPECT_EQ(sample(greedy, logits), 1);  // 0 counts 1.5
+  EXPECT_EQ(sample(greedy, logits), 2);  // 1 counts 1
+  EXPECT_EQ(sample(greedy, logits), 0);
+  greedy.begin({});
+  EXPECT_EQ(sample(greedy, logits), 0);
+  greedy.begin(std::vector<int32_t>{0});
+  EXPECT_EQ(sample(greedy, {-1, -1.5}), 1);
+  options.repetition_penalty = 0.5;  // rewards
+  Sampler fond(options);
+  fond.begin(std::vector<int32_t>{3});
+  EXPECT_EQ(fond.n_candidates(), 0);
+  EXPECT_EQ(sample(fond, {3, 2, 1, 2}), 3);
+}
+
 TEST(Sampler, FrequenciesFollowTheSoftmax) {
   SamplerOptions options;
   options.temperature = 1;

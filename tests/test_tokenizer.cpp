@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <random>
 
@@ -12,6 +13,7 @@
 #include "tokenizer/normalize.h"
 #include "tokenizer/regex.h"
 #include "tokenizer/tokenizer.h"
+#include "tokenizer/utf8.h"
 
 namespace tq {
 namespace {
@@ -215,6 +217,56 @@ TEST(Tokenizer, SpecialTokensInTextAreTextUnlessAskedForAndOtherAddedTokensAlway
   EXPECT_TRUE(qwen.is_special(end));
   EXPECT_FALSE(qwen.is_special(think));
   EXPECT_EQ(qwen.decode(Ids{end, think}, true), "<think>");
+}
+
+// Characters of the byte alphabet stand in "B\u00e1c"; the other word is one that BPE makes as
+// well.
+TEST(Tokenizer, AddedTokensDecodeToTheirContentUnlessBpeMakesThem) {
+  Json json = Json::parse(fixture_text("llama3"));
+  const auto n = static_cast<int32_t>(Tokenizer::from_json(json.dump(), "t").size());
+  json["added_tokens"].push_back({{"id", n}, {"content", "B\u00e1c"}});
+  const Tokenizer llama = Tokenizer::from_json(json.dump(), "t");
+  EXPECT_EQ(llama.encode("B\u00e1c", false, false), Ids{n});
+  EXPECT_EQ(llama.decode(Ids{n}, false), "B\u00e1c");
+  json = Json::parse(fixture_text("stories260k"));
+  json["added_tokens"].push_back({{"id", 512}, {"content", "deniz"}, {"normalized", true}});
+  const Tokenizer stories = Tokenizer::from_json(json.dump(), "t");
+  const std::string text = "arthur met deniz today.";
+  const Ids ids = stories.encode(text, false, false);
+  EXPECT_EQ(std::count(ids.begin(), ids.end(), 512), 1);
+  EXPECT_EQ(stories.decode(ids, false), text);
+}
+
+// What transformers 4.57.6 and 5.24 do with the same files.
+TEST(Tokenizer, TokensOfTokenizerConfigAreAddedBehindTheLastIdAndTakeItsFlags) {
+  ModelTexts texts;
+  texts.tokenizer = fixture_text("llama3");
+  const auto n = static_cast<int32_t>(Tokenizer::from_json(texts.tokenizer, "t").size());
+  for (const char* key : {"pad_token", "eos_token", "image_token"}) {
+    texts.tokenizer_config = Json{{key, "<|new|>"}}.dump();
+    const Tokenizer tokenizer = Tokenizer::from_texts(texts, "t");
+    EXPECT_EQ(tokenizer.encode("<|new|>", false, true), Ids{n}) << key;
+    EXPECT_TRUE(tokenizer.is_special(n));
+  }
+  for (const char* key : {"additional_special_tokens", "extra_special_tokens"}) {
+    texts.tokenizer_config = Json{{key, {"<|new|>", "<|newer|>"}}}.dump();
+    EXPECT_EQ(Tokenizer::from_texts(texts, "t").encode("<|newer|>", false, true), Ids{n + 1});
+  }
+  const auto decoder = [&](int32_t id, const char* content, bool strips) {
+    const Json token = {{"content", content},
+                        {"special", true},
+                        {"normalized", false},
+                        {"lstrip", strips},
+                        {"rstrip", strips}};
+    return Json{{"added_tokens_decoder", {{std::to_string(id), token}}}}.dump();
+  };
+  texts.tokenizer_config = decoder(n, "<|new|>", false);
+  EXPECT_EQ(Tokenizer::from_texts(texts, "t").encode("<|new|>", false, true), Ids{n});
+  texts.tokenizer_config = decoder(n + 1, "<|new|>", false);  // transformers would take n
+  EXPECT_THROW(Tokenizer::from_texts(texts, "t"), Error);
+  const int32_t end = *Tokenizer::from_json(texts.tokenizer, "t").id_of("<|end_of_text|>");
+  texts.tokenizer_config = decoder(end, "<|end_of_text|>", true);
+  EXPECT_EQ(Tokenizer::from_texts(texts, "t").encode("  <|end_of_text|>  ", false, true), Ids{end});
 }
 
 TEST(Tokenizer, PiecesAreTheVocabularyStrings) {
@@ -582,6 +634,85 @@ TEST(TokenizerFile, DamagedFilesNeverCrash) {
   }
   EXPECT_GT(n_refused, 500u);
   EXPECT_GT(n_accepted, 50u);
+}
+
+// ---------------------------------------------------------------- Unicode
+
+// Every code point but the surrogates, and where each begins.
+struct AllCodes {
+  std::string text;
+  std::vector<size_t> begins;
+  std::vector<char32_t> codes;
+  AllCodes() {
+    for (char32_t code = 0; code < 0x110000; ++code) {
+      if (code >= 0xD800 && code < 0xE000) continue;
+      begins.push_back(text.size());
+      codes.push_back(code);
+      append_utf8(text, code);
+    }
+  }
+};
+
+std::vector<bool> in_ranges(const Json& ranges) {
+  std::vector<bool> found(0x110000, false);
+  for (const Json& range : ranges) {
+    for (size_t code = range[0]; code <= range[1].get<size_t>(); ++code) found[code] = true;
+  }
+  return found;
+}
+
+TEST(Unicode, ClassesOfThePreTokenizersEqualThoseOfTheTokenizersLibrary) {
+  const Json reference = Json::parse(fixture_text("unicode"));
+  const AllCodes all;
+  RegexScratch scratch(all.text.size());
+  for (const char* name : {"\\p{L}", "\\p{N}", "\\s"}) {
+    const std::vector<bool> expected = in_ranges(reference["classes"][name]);
+    std::vector<Span> matches;
+    Regex(name, "t").find_all(all.text, scratch, matches);
+    std::vector<bool> got(0x110000, false);
+    size_t at = 0;
+    for (const Span& match : matches) {
+      while (all.begins[at] < match.begin) ++at;
+      got[all.codes[at]] = true;
+    }
+    std::string differ;
+    for (const char32_t code : all.codes) {
+      if (got[code] == expected[code]) continue;
+      const bool starts = code == 0 || got[code - 1] == expected[code - 1];
+      char text[32];
+      std::snprintf(text, sizeof text, starts ? " %c%X" : "", got[code] ? '+' : '-',
+                    static_cast<unsigned>(code));
+      differ += text;
+      if (code + 1 < 0x110000 && got[code + 1] == expected[code + 1]) {
+        std::snprintf(text, sizeof text, "..%X", static_cast<unsigned>(code));
+        differ += text;
+      }
+    }
+    EXPECT_EQ(differ, reference["differ"].value(name, "")) << name;
+  }
+}
+
+TEST(Unicode, ContractionsFoldCaseAsInTheTokenizersLibrary) {
+  const Json reference = Json::parse(fixture_text("unicode"));
+  const Regex pattern("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "t");
+  const AllCodes all;
+  RegexScratch scratch(all.text.size());
+  for (const auto& item : reference["contractions"].items()) {
+    const size_t hole = item.key().find("{}");
+    std::vector<char32_t> got;
+    std::vector<Span> matches;
+    for (const char32_t code : all.codes) {
+      std::string text = item.key().substr(0, hole);
+      append_utf8(text, code);
+      text += item.key().substr(hole + 2);
+      matches.clear();
+      pattern.find_all(text, scratch, matches);
+      if (matches.size() == 1 && matches[0].end - matches[0].begin == text.size()) {
+        got.push_back(code);
+      }
+    }
+    EXPECT_EQ(got, item.value().get<std::vector<char32_t>>()) << item.key();
+  }
 }
 
 }  // namespace
