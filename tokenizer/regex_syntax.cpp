@@ -14,6 +14,24 @@ namespace {
 // Oniguruma's \w: alphabetic, marks, decimal digits, connector punctuation. (PCRE2: L, N, _.)
 constexpr const char* kWord = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";
 
+// Letters and numbers of Unicode 16, which the tokenizers library knows and PCRE2 10.42 (Unicode
+// 14) does not. A later PCRE2 has them, too: then they change nothing.
+constexpr const char* kLaterLetters =
+    "\\x{1C89}-\\x{1C8A}\\x{A7CB}-\\x{A7CD}\\x{A7DA}-\\x{A7DC}\\x{105C0}-\\x{105F3}"
+    "\\x{10D4A}-\\x{10D65}\\x{10D6F}-\\x{10D85}\\x{10EC2}-\\x{10EC4}"
+    "\\x{1123F}-\\x{11240}\\x{11380}-\\x{11389}\\x{1138B}\\x{1138E}"
+    "\\x{11390}-\\x{113B5}\\x{113B7}\\x{113D1}\\x{113D3}\\x{11BC0}-\\x{11BE0}"
+    "\\x{11F02}\\x{11F04}-\\x{11F10}\\x{11F12}-\\x{11F33}\\x{1342F}"
+    "\\x{13441}-\\x{13446}\\x{13460}-\\x{143FA}\\x{16100}-\\x{1611D}"
+    "\\x{16D40}-\\x{16D6C}\\x{18CFF}\\x{1B132}\\x{1B155}\\x{1DF25}-\\x{1DF2A}"
+    "\\x{1E030}-\\x{1E06D}\\x{1E4D0}-\\x{1E4EB}\\x{1E5D0}-\\x{1E5ED}\\x{1E5F0}"
+    "\\x{2B739}\\x{2EBF0}-\\x{2EE5D}\\x{31350}-\\x{323AF}";
+constexpr const char* kLaterNumbers =
+    "\\x{10D40}-\\x{10D49}\\x{116D0}-\\x{116E3}\\x{11BF0}-\\x{11BF9}"
+    "\\x{11F50}-\\x{11F59}\\x{16130}-\\x{16139}\\x{16D70}-\\x{16D79}"
+    "\\x{1CCF0}-\\x{1CCF9}\\x{1D2C0}-\\x{1D2D3}\\x{1E4F0}-\\x{1E4F9}"
+    "\\x{1E5F1}-\\x{1E5FA}";
+
 class Translator {
  public:
   Translator(const std::string& pattern, const std::string& where) : in_(pattern), where_(where) {}
@@ -107,6 +125,13 @@ class Translator {
     // One and two letters are general categories in both. A longer name is a script: PCRE2 would
     // take Script_Extensions unless told otherwise.
     if (name.size() > 2) name = "sc:" + name;
+    if (name == "L" || name == "N") {
+      const bool negated = (peek(1) == 'P') != !caret.empty();
+      if (!in_class_ || !negated) {
+        const std::string all = "\\p{" + name + "}" + (name == "L" ? kLaterLetters : kLaterNumbers);
+        return emit(in_class_ ? all : (negated ? "[^" : "[") + all + "]", close + 1 - at_);
+      }
+    }
     emit(std::string("\\") + peek(1) + "{" + caret + name + "}", close + 1 - at_);
   }
 
