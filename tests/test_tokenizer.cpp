@@ -431,8 +431,8 @@ TEST(Regex, LongSInAContractionFoldsAsInOniguruma) {
 }
 
 TEST(Regex, WhatTheEnginesReadDifferentlyIsRewrittenOrRefused) {
-  EXPECT_EQ(oniguruma_to_pcre2(R"([^\s\p{L}]\S)", "p"),
-            R"([^\p{White_Space}\p{L}]\P{White_Space})");
+  EXPECT_EQ(oniguruma_to_pcre2(R"([^\s\p{Lu}]\S)", "p"),
+            R"([^\p{White_Space}\p{Lu}]\P{White_Space})");
   EXPECT_EQ(oniguruma_to_pcre2(R"(\p{Han}\p{^Lu}\v\u3042\x41)", "p"),
             R"(\p{sc:Han}\p{^Lu}\x0B\x{3042}\x{41})");
   EXPECT_EQ(oniguruma_to_pcre2(R"(\\s\[s])", "p"), R"(\\s\[s])");
