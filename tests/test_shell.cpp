@@ -157,6 +157,21 @@ TEST(Terminal, IsGivenBackAsItWasHoweverChatEnds) {
   }
 }
 
+// Latin-1's e acute begins a character of three bytes, so the end of the line is in its place.
+TEST(Terminal, ALineThatEndsWithinACharacterIsRefusedAndTheNextOneIsAnswered) {
+  TempDir dir;
+  Process process(
+      {"chat", chat_model(dir), "--template", "chatml-smollm2", "--temp", "0", "-n", "1", "-v"},
+      true);
+  ASSERT_TRUE(process.wait_for("> "));
+  process.type("caf\xE9\n");
+  EXPECT_TRUE(process.wait_for("not UTF-8"));
+  process.type("one day\n");
+  EXPECT_TRUE(process.wait_for("tq: prompt "));
+  process.type("\x04");
+  EXPECT_EQ(process.finish(), 0);
+}
+
 // A pipe does not echo, so what is on stdout is the answers.
 TEST(Chat, ATurnThatCannotBeSentIsRefusedAndTheNextOneIsAnswered) {
   TempDir dir;

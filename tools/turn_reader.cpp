@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "model/error.h"
 #include "tokenizer/utf8.h"
@@ -73,6 +74,7 @@ struct TurnReader::Editor {
   EditLine* line = nullptr;
   HistoryW* history = nullptr;
   bool broken = false;  // the present line had bytes that are no characters
+  int next_byte = -1;   // read, but not a part of the character before it; -1: none
 
   Editor() {
     // What libedit prints goes through the locale; C.UTF-8 is everywhere. Numbers stay as they are.
@@ -105,7 +107,7 @@ struct TurnReader::Editor {
   static int get_char(EditLine* line, wchar_t* out) {
     Editor* self = nullptr;
     el_wget(line, EL_CLIENTDATA, &self);
-    const int lead = read_byte();
+    const int lead = self->next_byte >= 0 ? std::exchange(self->next_byte, -1) : read_byte();
     if (lead < 0) return lead;
     const int more = lead < 0x80                    ? 0
                      : lead >= 0xC2 && lead < 0xE0  ? 1
@@ -116,6 +118,10 @@ struct TurnReader::Editor {
     for (int i = 0; i < more; ++i) {
       const int byte = read_byte();
       if (byte < 0) return byte;
+      if ((byte & 0xC0) != 0x80) {  // a character cut short must not take the end of the line along
+        self->next_byte = byte;
+        break;
+      }
       bytes += static_cast<char>(byte);
     }
     if (more < 0 || !is_valid_utf8(bytes)) {
