@@ -92,5 +92,19 @@ TEST(Unicode, ContractionsFoldCaseAsInTheTokenizersLibrary) {
   }
 }
 
+// As tokenizers 0.23.3 matches them: Oniguruma looks up a bare class below U+0100 in ISO 8859-1.
+TEST(Unicode, SuperscriptDigitsAndFractionsAreWordCharactersOutsideAClassOnly) {
+  const std::string text = "\xC2\xB2 \xC2\xB3 \xC2\xB9 \xC2\xBC \xC2\xBD \xC2\xBE";
+  const auto count = [&](const char* pattern) {
+    RegexScratch scratch(text.size());
+    std::vector<Span> matches;
+    Regex(pattern, "t").find_all(text, scratch, matches);
+    return matches.size();
+  };
+  EXPECT_EQ(count("\\w"), 6u);
+  EXPECT_EQ(count("\\W"), 5u);  // the blanks
+  EXPECT_EQ(count("[\\w]"), 0u);
+}
+
 }  // namespace
 }  // namespace tq

@@ -13,6 +13,9 @@ namespace {
 
 // Oniguruma's \w: alphabetic, marks, decimal digits, connector punctuation. (PCRE2: L, N, _.)
 constexpr const char* kWord = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";
+// Outside a class Oniguruma looks up characters below U+0100 in the table of ISO 8859-1, where the
+// superscript digits and the fractions are word characters too.
+constexpr const char* kBareWord = "\\x{B2}\\x{B3}\\x{B9}\\x{BC}-\\x{BE}";
 
 // Letters and numbers of Unicode 16, which the tokenizers library knows and PCRE2 10.42 (Unicode
 // 14) does not. A later PCRE2 has them, too: then they change nothing.
@@ -92,10 +95,10 @@ class Translator {
       case 'v':
         return emit("\\x0B", 2);  // PCRE2's \v is a class
       case 'w':
-        return emit(in_class_ ? kWord : "[" + std::string(kWord) + "]", 2);
+        return emit(in_class_ ? kWord : "[" + std::string(kWord) + kBareWord + "]", 2);
       case 'W':
         if (in_class_) refuse("\\W inside a class");
-        return emit("[^" + std::string(kWord) + "]", 2);
+        return emit("[^" + std::string(kWord) + kBareWord + "]", 2);
       case 'p':
       case 'P':
         return property();
