@@ -132,13 +132,9 @@ const char* MappedFile::path_at(const void* address) noexcept {
 bool begins_with(const std::string& path, std::string_view magic) {
   struct stat info = {};
   if (::stat(path.c_str(), &info) != 0 || !S_ISREG(info.st_mode)) return false;
-  try {
-    InputFile file(path);
-    std::string begin(magic.size(), '\0');
-    return file.read(begin.data(), begin.size()) == begin.size() && begin == magic;
-  } catch (const Error&) {
-    return false;  // who opens it to read it says why it cannot be read
-  }
+  InputFile file(path);
+  std::string begin(magic.size(), '\0');
+  return file.read(begin.data(), begin.size()) == begin.size() && begin == magic;
 }
 
 void refuse_lfs_pointer(std::string_view contents, const std::string& path) {

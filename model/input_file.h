@@ -62,7 +62,8 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-/// True if `path` is a regular file that begins with these bytes. Never waits.
+/// True if `path` is a regular file that begins with these bytes. Never waits. Throws kIo if such a
+/// file cannot be read: it would be taken for something else.
 bool begins_with(const std::string& path, std::string_view magic);
 
 /// Throws kBadData if this is a Git LFS pointer: what `git clone` leaves in place of a large file
