@@ -97,8 +97,9 @@ std::string linear_name(int64_t layer, const char* name) {
   return "layers." + std::to_string(layer) + "." + name;
 }
 
-// Whether --keep PATTERN means this linear. Names are short; a bound on the pattern bounds the
-// depth to which std::regex recurses.
+// Whether --keep PATTERN means this linear. A bound on the pattern bounds the depth to which
+// std::regex recurses; its matcher without backtracking (libstdc++'s own flag) is never
+// exponential.
 bool keeps(const std::string& pattern, const std::string& name) {
   constexpr size_t kMaxPattern = 256;
   if (pattern.size() > kMaxPattern) {
@@ -106,7 +107,8 @@ bool keeps(const std::string& pattern, const std::string& name) {
           "at most " + std::to_string(kMaxPattern) + "; the option may be repeated");
   }
   try {
-    return std::regex_search(name, std::regex(pattern));
+    constexpr auto kSyntax = std::regex::ECMAScript | std::regex_constants::__polynomial;
+    return std::regex_search(name, std::regex(pattern, kSyntax));
   } catch (const std::regex_error& error) {
     usage("--keep " + pattern + " is not a regular expression", error.what());
   }

@@ -269,9 +269,9 @@ TEST(RopeConfig, UnknownTypesAndFieldsAreErrors) {
   expect_bad(extra, {"attention_factor = 1.2", "llama3"});
   expect_bad(with(llama_v4(), "rope_scaling", {{"factor", 2.0}}), {"factor = 2.0", "default"});
   expect_bad(with(llama_v4(), "rope_scaling", "llama3"), {"rope_scaling", "object"});
-  Json mscale = yarn();
-  mscale["mscale"] = 0.707;
-  expect_bad(qwen_with_yarn(mscale), {"mscale = 0.707", "yarn"});
+  Json unknown = yarn();
+  unknown["mscale_some_dim"] = 0.707;
+  expect_bad(qwen_with_yarn(unknown), {"mscale_some_dim = 0.707", "yarn"});
   for (const Json& theta : {Json(0), Json(-1), Json(1), Json(1e300), Json("1e4")}) {
     expect_bad(with(llama_v4(), "rope_theta", theta), {"rope_theta"});
   }

@@ -183,6 +183,7 @@ TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
   expect_failure(2, kModel + output() + " --keep nosuch", "--keep nosuch matches no linear");
   expect_failure(2, kModel + output() + " --keep w_down --keep layers.9.wq", "layers.9.wq matches");
   expect_failure(2, kModel + output() + " --keep '('", "not a regular expression");
+  expect_failure(2, kModel + output() + " --keep '(.*)*(.*)*(.*)*x$'", "matches no linear");
   const std::string deep(100'000, '(');
   expect_failure(2, kModel + output() + " --keep '" + deep + "'", "at most 256");
   const std::string nested = std::string(120, '(') + "w_down" + std::string(120, ')');

@@ -184,7 +184,7 @@ void eval_text(const EvalOptions& options) {
     note(options.text + " is JSON; it is read as text, braces and all");
   }
   Runtime runtime(options.model, options.device);
-  if (!options.quiet) print_notes(runtime.model);
+  if (!options.quiet) print_notes(runtime.model, runtime.tokenizer);
   std::unique_ptr<Runtime> reference;
   if (!options.reference.empty()) {
     reference = std::make_unique<Runtime>(options.reference, options.device);
@@ -315,7 +315,7 @@ void eval_task(const EvalOptions& options) {
     task.questions.resize(static_cast<size_t>(options.limit));
   }
   const Runtime runtime(options.model, options.device);
-  if (!options.quiet) print_notes(runtime.model);
+  if (!options.quiet) print_notes(runtime.model, runtime.tokenizer);
   const Clock::time_point start = Clock::now();
   int64_t tokens_run = 0;
   const TaskTally tally = score_questions(runtime, task, options, tokens_run);

@@ -221,8 +221,9 @@ void add_inspect_command(CLI::App& app) {
   command->add_flag("--json", options->json, "one JSON object on stdout");
   command->callback([options] {
     const Model model = load_model(options->model, Verify::kTexts);
-    print_notes(model);
-    const Json json = inspect_json(model, open_tokenizer(model));
+    const Tokenizer tokenizer = open_tokenizer(model);
+    print_notes(model, tokenizer);
+    const Json json = inspect_json(model, tokenizer);
     if (options->json) {
       write_json(json, 2);
     } else {

@@ -32,7 +32,7 @@ void logits(const LogitsOptions& options) {
   }
   check_output_path(options.output, model_files(options.model), true);
   Runtime runtime(options.model, options.device);
-  print_notes(runtime.model);
+  print_notes(runtime.model, runtime.tokenizer);
   const std::vector<int32_t> ids =
       options.ids.empty() ? runtime.tokenizer.encode(options.text, true, true)
                           : parse_ids("--ids", options.ids, runtime.model.config.vocab_size);

@@ -379,7 +379,7 @@ void quantize(const QuantizeArguments& args) {
   const std::vector<std::string> notes = check_runnable(model, tokenizer);
   if (!args.quiet) {
     print_notes(model, tokenizer);
-    for (const std::string& note : notes) std::fprintf(stderr, "tq: %s\n", note.c_str());
+    for (const std::string& sentence : notes) note(sentence);
   }
   std::optional<Calibration> calibration;
   if (options.needs_calibration()) {
@@ -404,7 +404,6 @@ void quantize(const QuantizeArguments& args) {
   QuantizeResult result;
   {
     Progress progress(args.quiet);
-    if (!args.quiet) print_notes(model);
     const QuantizeHooks hooks{
         [&](const std::string& sentence) { progress.note(sentence); },
         [&](int64_t layer, int64_t n, const char* name) { progress.step(layer, n, name); },

@@ -154,7 +154,6 @@ Json run_json(const GenerateResult& result, const SamplerOptions& sampling) {
 void run(const RunOptions& options) {
   const std::string text = prompt_text(options);
   Runtime runtime(options.model, options.device);
-  if (!options.quiet) print_notes(runtime.model);
   const ChatKind kind = choose_template(runtime, options, false);
   const std::vector<int32_t> ids = prompt_ids(runtime, options, kind, text);
   const int64_t n_prompt = static_cast<int64_t>(ids.size());
@@ -231,7 +230,6 @@ std::optional<std::vector<int32_t>> fitting_ids(const Tokenizer& tokenizer, Chat
 
 void chat(const RunOptions& options) {
   Runtime runtime(options.model, options.device);
-  if (!options.quiet) print_notes(runtime.model);
   const ChatKind kind = choose_template(runtime, options, true);
   const int64_t ctx =
       options.ctx > 0 ? runtime.checked_ctx(options.ctx) : runtime.default_ctx(kDefaultCtx);

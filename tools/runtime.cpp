@@ -81,8 +81,9 @@ Tokenizer open_tokenizer(const Model& model) {
 }
 
 void print_notes(const Model& model, const Tokenizer& tokenizer) {
+  for (const std::string& sentence : model.notes) note(model.source + ": " + sentence);
   for (const auto* notes : {&model.config.notes, &tokenizer.notes()}) {
-    for (const std::string& note : *notes) std::fprintf(stderr, "tq: %s\n", note.c_str());
+    for (const std::string& sentence : *notes) note(sentence);
   }
 }
 
@@ -219,12 +220,6 @@ std::vector<int32_t> parse_ids(const std::string& option, const std::string& lis
   }
   if (ids.empty()) throw Error(ErrorKind::kUsage, "no token ids", option, "the list is empty");
   return ids;
-}
-
-void print_notes(const Model& model) {
-  for (const std::string& note : model.notes) {
-    std::fprintf(stderr, "tq: %s: %s\n", printable(model.source).c_str(), printable(note).c_str());
-  }
 }
 
 std::string read_input_text(const std::string& path) {

@@ -47,7 +47,7 @@ SessionOptions default_session(const Model& model, const Backend& backend);
 
 /// The tokenizer of a model; checks that its ids fit the embedding. Throws kBadData.
 Tokenizer open_tokenizer(const Model& model);
-/// Prints what a user should know about the texts of a model, a line each on stderr.
+/// Prints what a user should know about the files and texts of a model, a line each on stderr.
 void print_notes(const Model& model, const Tokenizer& tokenizer);
 std::unique_ptr<Backend> open_backend(const DeviceOptions& options);
 
@@ -77,9 +77,6 @@ std::vector<std::string> model_files(const std::string& model);
 
 /// Token ids 0 .. n_ids - 1, separated by commas or blanks. Throws kUsage naming `option`.
 std::vector<int32_t> parse_ids(const std::string& option, const std::string& list, int64_t n_ids);
-
-/// Prints what the user should know about the files of a model, a line each on stderr.
-void print_notes(const Model& model);
 
 /// Reads a whole text file or pipe, or stdin for "-", of which more than 256 MiB throw kBadData.
 std::string read_input_text(const std::string& path);

@@ -1,6 +1,8 @@
-// fuzz_jsonl - JSON lines: questions of `tq eval --task`, and the strict JSON reader itself.
+// fuzz_jsonl - JSON lines: questions of `tq eval --task`, calibration texts, and the strict JSON
+// reader itself.
 #include "model/json.h"
 #include "tests/fuzz/fuzz.h"
+#include "tools/calibration_text.h"
 #include "tools/tasks.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -16,6 +18,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       }
     }
   });
+  for (const char* name : {"calib.txt", "calib.jsonl"}) {
+    expect_result_or_refusal([&] { static_cast<void>(calibration_text(text, name)); });
+  }
   expect_result_or_refusal([&] {
     const Json json = parse_json(text.substr(0, text.find('\n')), "line 1");
     // What is read strictly is written and read again unchanged.

@@ -26,7 +26,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   texts.generation_config = parts.next();
   const std::string turn = parts.next();
   expect_result_or_refusal([&] { static_cast<void>(detect_chat_kind(texts, "folder")); });
-  expect_result_or_refusal([&] { static_cast<void>(sampling_defaults(texts, "folder")); });
+  expect_result_or_refusal(
+      [&] { static_cast<void>(sampling_of(texts, SamplingWishes(), "folder")); });
   expect_result_or_refusal([&] {
     for (int32_t id : stop_tokens(texts, Config(), tokenizer(), "folder")) {
       TQ_FUZZ_EXPECT(id >= 0 && id < tokenizer().size());
