@@ -112,7 +112,15 @@ class ThreadPool {
     pthread_sigmask(SIG_SETMASK, &outside, &before);
     pthread_t thread;
     std::unique_ptr<Start> start(new (std::nothrow) Start{this, worker});
-    const bool started = start && pthread_create(&thread, nullptr, &enter, start.get()) == 0;
+    // Not the limit of the main thread's stack, which may be far too small, or too large for many.
+    constexpr size_t kStackBytes = size_t{2} << 20;
+    pthread_attr_t attributes;
+    bool started = start && pthread_attr_init(&attributes) == 0;
+    if (started) {
+      pthread_attr_setstacksize(&attributes, kStackBytes);
+      started = pthread_create(&thread, &attributes, &enter, start.get()) == 0;
+      pthread_attr_destroy(&attributes);
+    }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     if (!started) return false;
     static_cast<void>(start.release());

@@ -171,6 +171,7 @@ void check_two_level(const QuantizeOptions& options) {
 // An expression that keeps nothing is a misspelt one.
 void check_keep(const QuantizeOptions& options, const Config& config) {
   for (const std::string& pattern : options.keep) {
+    if (pattern.empty()) usage("--keep is empty", "it would keep every linear");
     bool found = false;
     for (int64_t layer = 0; layer < config.n_layers && !found; ++layer) {
       for (const NamedLinear& linear : kLayerLinears) {

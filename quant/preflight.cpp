@@ -195,6 +195,10 @@ void check_output_path(const std::string& output, const std::vector<std::string>
   const auto refuse = [&](const std::string& why, const std::string& hint = "") {
     throw Error(ErrorKind::kIo, "cannot write output", output, why, hint);
   };
+  if (output == "-") {
+    throw Error(ErrorKind::kUsage, "usage", "-o -", "the output must be a file",
+                "./- is the file of that name");
+  }
   const std::string folder = parent_folder(output);
   struct stat info {};
   if (stat(folder.c_str(), &info) != 0) {

@@ -180,6 +180,9 @@ TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
   expect_failure(2, kModel + output() + " --method rtn --calib-samples 3", "calibration options");
   expect_failure(2, kModel + output() + " --method rtn --device cuda", "calibration options");
   expect_failure(2, kModel + output() + learned() + " --device auto", "--device");
+  expect_failure(2, kModel + output() + " --keep ''", "--keep is empty");
+  expect_failure(2, kModel + output() + " --report ''", "is empty");
+  expect_failure(2, kModel + " -o -", "must be a file");
   expect_failure(2, kModel + output() + " --keep nosuch", "--keep nosuch matches no linear");
   expect_failure(2, kModel + output() + " --keep w_down --keep layers.9.wq", "layers.9.wq matches");
   expect_failure(2, kModel + output() + " --keep '('", "not a regular expression");
@@ -196,6 +199,32 @@ TEST_F(QuantizeCli, WrongOptionsAreUsageErrors) {
   expect_failure(2, kModel + output() + " --seed -1", "--seed");
   expect_failure(2, kModel + output() + " --seed 99999999999999999999", "--seed");
   expect_failure(2, kModel, "--output");
+}
+
+// A report never takes the place of a model: not of the one being made, however it is spelt, and
+// not of another.
+TEST_F(QuantizeCli, AReportNeverReplacesAModel) {
+  const std::string enter = "cd " + folder_.path() + " && ",
+                    model = kModel + " --method rtn -q -o ";
+  expect_failure(5, model + "m.tq --report ./m.tq", "the output itself", enter);
+  expect_failure(5, model + "m.tq --report " + (folder_ / "m.tq"), "the output itself", enter);
+  expect_failure(5, model + (folder_ / "m.tq") + " --report m.tq", "the output itself", enter);
+  ASSERT_EQ(run(model + (folder_ / "good.tq")).code, 0);
+  expect_failure(5, model + "m.tq --report good.tq", "it is a model", enter);
+}
+
+// Whoever reads the progress goes away, the work goes on; and a small stack is no reason to crash.
+TEST_F(QuantizeCli, NeitherAClosedPipeNorASmallStackEndsIt) {
+  const std::string arguments = kModel + calib() + " --method gptq --force";
+  ASSERT_EQ(run(arguments + output()).code, 0);
+  const std::string command = std::string("(") + TQ_BINARY + " quantize " + arguments + " -o " +
+                              (folder_ / "piped.tq") + " 2>&1 | true)";
+  EXPECT_EQ(std::system(command.c_str()), 0);
+  const std::string small = std::string("ulimit -s 256; ");
+  EXPECT_EQ(run(arguments + " -o " + (folder_ / "small.tq"), small).code, 0);
+  for (const char* name : {"piped.tq", "small.tq"}) {
+    EXPECT_EQ(read_bytes(folder_ / name), read_bytes(folder_ / "m.tq")) << name;
+  }
 }
 
 // A file of JSON is its texts, whatever it is called; prose that begins with a bracket is prose.

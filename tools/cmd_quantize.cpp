@@ -8,6 +8,7 @@
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
@@ -361,15 +362,22 @@ void check_paths(const QuantizeArguments& args) {
   ResumeStore::refuse_second_run(args.output);
   if (args.report.empty()) return;
   check_output_path(args.report, inputs, true);
-  const std::string report = output_target(args.report, Replace::kAllowed);
-  if (std::filesystem::weakly_canonical(report) ==
-      std::filesystem::weakly_canonical(output_target(args.output, Replace::kAllowed))) {
-    throw Error(ErrorKind::kIo, "cannot write output", args.report, "it is the output itself",
+  const auto refuse = [&](const std::string& why) {
+    throw Error(ErrorKind::kIo, "cannot write output", args.report, why,
                 "choose another name for the report");
-  }
+  };
+  // Absolute first: of a file that does not exist yet only the folder can be made canonical.
+  const auto canonical = [](const std::string& path) {
+    return std::filesystem::weakly_canonical(
+        std::filesystem::absolute(output_target(path, Replace::kAllowed)));
+  };
+  if (canonical(args.report) == canonical(args.output)) refuse("it is the output itself");
+  if (std::filesystem::exists(args.report) && looks_like_tq(args.report)) refuse("it is a model");
 }
 
 void quantize(const QuantizeArguments& args) {
+  // Whoever reads the progress may go away; the work of hours does not.
+  std::signal(SIGPIPE, SIG_IGN);
   const auto start = Clock::now();
   method_preset(args.method);  // an unknown method is reported before a missing file
   check_paths(args);
@@ -554,7 +562,8 @@ void add_quantize_command(CLI::App& app) {
   command->add_flag("--dry-run", args->dry_run, "check everything, print the plan, write nothing");
   command->add_flag("--resume", args->resume, "continue an interrupted run (OUTPUT.resume)");
   command->add_flag("--force", args->force, "replace an existing output");
-  command->add_option("--report", args->report, "write distortion of every linear as JSON");
+  command->add_option("--report", args->report, "write distortion of every linear as JSON")
+      ->check(not_empty());
   command->add_flag("-q,--quiet", args->quiet, "nothing on stderr but errors");
   command->footer(
       "While calibrating, finished layers are kept in OUTPUT.resume/ and removed at the end.");

@@ -159,6 +159,7 @@ void run(const RunOptions& options) {
   const int64_t n_prompt = static_cast<int64_t>(ids.size());
   const int64_t ctx =
       options.ctx > 0 ? runtime.checked_ctx(options.ctx) : runtime.default_ctx(kDefaultCtx);
+  const int64_t limit = runtime.model.config.max_seq_len;
   // An explicit -n is a promise to deliver that many, so it must fit; the default is a limit.
   if (n_prompt + (options.max_tokens > 0 ? options.max_tokens : 1) > ctx) {
     throw Error(
@@ -166,7 +167,8 @@ void run(const RunOptions& options) {
         "prompt has " + std::to_string(n_prompt) + " tokens" +
             (options.max_tokens > 0 ? ", -n asks for " + std::to_string(options.max_tokens) : "") +
             ", the context is " + std::to_string(ctx),
-        "raise --ctx (up to " + std::to_string(runtime.model.config.max_seq_len) + ") or lower -n");
+        ctx < limit ? "raise --ctx (up to " + std::to_string(limit) + ") or lower -n"
+                    : "shorten the prompt or lower -n");
   }
   GenerateOptions generate_opts = generate_options(runtime, options);
   generate_opts.max_tokens = options.max_tokens >= 0 ? options.max_tokens : kDefaultMaxTokens;
@@ -297,7 +299,7 @@ void add_common_options(CLI::App& command, RunOptions& options) {
       ->default_str("4096, or the model's limit if lower");
   add_sampling_options(command, options.sampling);
   command.add_option("--stop", options.stop, "stop before this text; may be repeated")
-      ->check([](const std::string& text) { return std::string(text.empty() ? "is empty" : ""); })
+      ->check(not_empty())
       ->take_all()
       ->allow_extra_args(false);
   command.add_option("--system", options.system, "system text");

@@ -104,8 +104,15 @@ void on_signal(int signal) {
           "tq: error: internal error (tq): an exception was not caught; please report it\n");
 }
 
+// Before main() only initialisers run, and those of the CUDA runtime use memory that they did not
+// get.
+void on_early_fault(int) {
+  end_now(ErrorKind::kResource, "tq: error: out of memory (host): the program could not start\n");
+}
+
 // Before the initialisers of this program's other objects, which allocate too.
 __attribute__((constructor(101))) void install_handlers() {
+  std::signal(SIGSEGV, on_early_fault);
   std::set_new_handler(on_no_memory);
   std::set_terminate(on_terminate);
 }
@@ -113,6 +120,7 @@ __attribute__((constructor(101))) void install_handlers() {
 }  // namespace
 
 void install_signal_handler() {
+  std::signal(SIGSEGV, SIG_DFL);  // from here on it would be a bug
   struct sigaction action = {}, inherited = {};
   action.sa_handler = on_signal;
   // No call fails with EINTR: what blocks is ended by the alarm.

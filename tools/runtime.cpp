@@ -131,6 +131,11 @@ SessionOptions Runtime::session_options(int64_t ctx, int kv_bits) const {
   return options;
 }
 
+CLI::Validator not_empty() {
+  return CLI::Validator(
+      [](std::string& value) { return std::string(value.empty() ? "is empty" : ""); }, "");
+}
+
 CLI::Validator number_in(double low, double high) {
   const auto text = [](double value) {
     char buffer[32];

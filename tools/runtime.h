@@ -51,6 +51,8 @@ Tokenizer open_tokenizer(const Model& model);
 void print_notes(const Model& model, const Tokenizer& tokenizer);
 std::unique_ptr<Backend> open_backend(const DeviceOptions& options);
 
+/// CLI11 validator: a text that is not empty, as an unset shell variable would be.
+CLI::Validator not_empty();
 /// CLI11 validator: a finite number in [low, high]; `name` describes the range in messages.
 CLI::Validator number_in(double low, double high);
 
