@@ -179,5 +179,25 @@ TEST_F(NotFiniteCli, AFinishedFileThatDoesNotRunDoesNotAppear) {
   }
 }
 
+// A stream so small that the norm's epsilon rules: keys and values are below what f16 holds.
+TEST_F(NotFiniteCli, AFileWhoseKeysAndValuesVanishIn16BitsDoesNotAppear) {
+  const std::string model = copy_model(dir_, "quiet");
+  Safetensors weights = Safetensors::read(model + "/model.safetensors");
+  const char* name = "model.embed_tokens.weight";
+  const Json offsets = weights.header[name]["data_offsets"];
+  for (size_t at = offsets[0]; at < offsets[1].get<size_t>(); at += 4) {
+    float value = 0;
+    std::memcpy(&value, weights.data.data() + at, 4);
+    value = std::ldexp(value, -34);
+    std::memcpy(weights.data.data() + at, &value, 4);
+  }
+  weights.write(model + "/model.safetensors");
+  const CliResult result =
+      run_tq(dir_, {"quantize", model, "-o", dir_ / "q.tq", "--method", "rtn", "-q"});
+  EXPECT_EQ(result.exit_code, 3) << result.err;
+  EXPECT_NE(result.err.find("KV cache cannot hold"), std::string::npos) << result.err;
+  EXPECT_FALSE(std::filesystem::exists(dir_ / "q.tq"));
+}
+
 }  // namespace
 }  // namespace tq
