@@ -51,15 +51,22 @@ void leave_line_mode() {
 // A byte of stdin; -1 at its end or after a signal. Looks for signals a few times a second: one
 // that arrives just before a blocking read would wait for the next key.
 int read_byte() {
+  static const bool terminal = ::isatty(STDIN_FILENO) == 1;
+  static unsigned char block[1 << 16];  // of a pipe; what a terminal has more is the shell's
+  static ssize_t at = 0, size = 0;
+  if (at < size && !interrupted()) return block[at++];
   while (!interrupted()) {
     pollfd input = {STDIN_FILENO, POLLIN, 0};
     const int ready = ::poll(&input, 1, 200);
     if (ready < 0 && errno != EINTR) return -1;
     if (ready <= 0) continue;
-    unsigned char byte;
-    const ssize_t n = ::read(STDIN_FILENO, &byte, 1);
-    if (n == 1) return byte;
-    if (n == 0 || errno != EINTR) return -1;
+    const ssize_t n = ::read(STDIN_FILENO, block, terminal ? 1 : sizeof block);
+    if (n == 0 || (n < 0 && errno != EINTR)) return -1;
+    if (n > 0) {
+      at = 1;
+      size = n;
+      return block[0];
+    }
   }
   return -1;
 }
