@@ -11,8 +11,10 @@ namespace {
 
 constexpr const char* kHint = "correct it, or run with --ignore-eos and name the end with --stop";
 
-Json parse_object(const std::string& text, const std::string& where) {
+// `file`: which of the folder's texts it is, for messages.
+Json parse_object(const std::string& text, const std::string& folder, const char* file) {
   if (text.empty()) return Json::object();
+  const std::string where = folder + ": " + file;
   Json json = parse_json(text, where);
   if (!json.is_object()) throw Error(ErrorKind::kBadData, "top level", where, "must be an object");
   return json;
@@ -82,7 +84,7 @@ std::vector<std::string> unsupported_options(const Json& json, const std::string
 // A value of generation_config.json that counts only if the user gives no `option`.
 double number_in(const Json& json, const char* key, double fallback, double low, double high,
                  const char* option, const std::string& where) {
-  const double value = optional_number(json, key, fallback, where);
+  const double value = optional_number(json, key, fallback, where + ": generation_config.json");
   if (!(value >= low && value <= high)) {  // also false for NaN
     throw Error(ErrorKind::kBadData, std::string("generation_config.json: ") + key, where,
                 "is out of range", std::string("give ") + option);
@@ -95,18 +97,21 @@ double number_in(const Json& json, const char* key, double fallback, double low,
 std::vector<int32_t> stop_tokens(const ModelTexts& texts, const Config& config,
                                  const Tokenizer& tokenizer, const std::string& where) {
   std::vector<int32_t> ids;
-  const Json generation = parse_object(texts.generation_config, where);
+  const Json generation = parse_object(texts.generation_config, where, "generation_config.json");
   if (const Json* eos = member(generation, "eos_token_id")) {
     if (eos->is_array()) {
       for (const Json& id : *eos) {
-        add_stop(id_of_json(id, where), "generation_config.json", tokenizer, where, ids);
+        add_stop(id_of_json(id, where + ": generation_config.json"), "generation_config.json",
+                 tokenizer, where, ids);
       }
     } else {
-      add_stop(id_of_json(*eos, where), "generation_config.json", tokenizer, where, ids);
+      add_stop(id_of_json(*eos, where + ": generation_config.json"), "generation_config.json",
+               tokenizer, where, ids);
     }
   }
   for (const int32_t id : config.eos_ids) add_stop(id, "config.json", tokenizer, where, ids);
-  const Json tokenizer_config = parse_object(texts.tokenizer_config, where);
+  const Json tokenizer_config =
+      parse_object(texts.tokenizer_config, where, "tokenizer_config.json");
   if (const Json* eos = member(tokenizer_config, "eos_token")) {
     const std::string text = eos->is_object()
                                  ? require_string(*eos, "content", where)
@@ -131,7 +136,7 @@ std::vector<int32_t> stop_tokens(const ModelTexts& texts, const Config& config,
 
 Sampling sampling_of(const ModelTexts& texts, const SamplingWishes& wishes,
                      const std::string& where) {
-  const Json json = parse_object(texts.generation_config, where);
+  const Json json = parse_object(texts.generation_config, where, "generation_config.json");
   Sampling sampling;
   for (const std::string& key : unsupported_options(json, where)) {
     if (!wishes.any()) {
@@ -148,7 +153,9 @@ Sampling sampling_of(const ModelTexts& texts, const SamplingWishes& wishes,
   sampling.repetition_penalty =
       number(wishes.repetition_penalty, "repetition_penalty", 1, 0.01, 100, "--repeat-penalty");
   // Without do_sample transformers decodes greedily, whatever the other fields say.
-  const auto sampled = [&] { return optional_bool(json, "do_sample", false, where); };
+  const auto sampled = [&] {
+    return optional_bool(json, "do_sample", false, where + ": generation_config.json");
+  };
   if (wishes.temperature || sampled()) {
     sampling.temperature = number(wishes.temperature, "temperature", 1, 0, 100, "--temp");
   }
@@ -161,7 +168,8 @@ Sampling sampling_of(const ModelTexts& texts, const SamplingWishes& wishes,
     // 50 is what transformers uses when the file has no top_k; null turns it off.
     const double fallback = json.find("top_k") == json.end() ? 50 : 0;
     const double value = number_in(json, "top_k", fallback, 0, INT32_MAX, "--top-k", where);
-    sampling.top_k = optional_int(json, "top_k", static_cast<int64_t>(value), 0, INT32_MAX, where);
+    sampling.top_k = optional_int(json, "top_k", static_cast<int64_t>(value), 0, INT32_MAX,
+                                  where + ": generation_config.json");
   }
   sampling.top_p = number(wishes.top_p, "top_p", 1, 0, 1, "--top-p");
   sampling.min_p = number(wishes.min_p, "min_p", 0, 0, 1, "--min-p");
