@@ -59,7 +59,7 @@ def make_cases():
 
 class Tester:
     def __init__(self, options):
-        self.tq, self.library = options.tq, options.library
+        self.tq, self.preload = options.tq, options.preload
         self.root = tempfile.mkdtemp(prefix="tq-faults-")
         self.model = os.path.join(options.fixtures, "random-models", "llama-gqa-f32")
         self.text = os.path.join(self.root, "text.txt")
@@ -83,7 +83,7 @@ class Tester:
         args = [words.get(arg, arg) for arg in case.args]
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
         if environment is not None:
-            env["LD_PRELOAD"] = self.library
+            env["LD_PRELOAD"] = self.preload
         done = subprocess.run([self.tq, *args], input=case.stdin, env=env, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, timeout=120)
         written = b""
@@ -145,7 +145,7 @@ def normalised(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tq", required=True)
-    parser.add_argument("--library", required=True, help="libfaults.so")
+    parser.add_argument("--library", dest="preload", required=True, help="libfaults.so")
     parser.add_argument("--fixtures", required=True)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--most", type=int, default=0, help="runs for a command and kind, 0 = all")
